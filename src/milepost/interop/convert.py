@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from milepost.collective.threads import map_in_threads
-from milepost.errors import ConfigError, ConversionError
+from milepost.errors import ConfigError, ConversionError, listed
 from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME
 from milepost.interop.as_stored import is_of_the_hub, keep_names
@@ -40,6 +40,7 @@ from milepost.interop.sinks import DcpSink, HfSink, Sink, TorchFileSink
 from milepost.interop.training_state import plan_training_step
 from milepost.interop.weights.boxes import Readable, Source, as_bytes, total_nbytes
 from milepost.interop.weights.dequantized import plain_weights
+from milepost.interop.weights.noted import Infinite
 from milepost.interop.weights.open import Weights, open_weights, read_config, refuse_one_of_several
 from milepost.interop.weights.stream import SlabReader, StageProgress, stage
 from milepost.storage import open_storage
@@ -82,6 +83,9 @@ def convert(
             plan, sink = _plan_as_stored(dst, weights, options)
         else:
             plan, sink = _plan_by_table(dst, weights, recorded, options)
+        infinite = Infinite(plan.content)
+        if options.dtype == "float16":
+            plan = replace(plan, content=infinite)
         checked = _run(source, plan, sink, options, progress)
     return ConvertReport(
         path=sink.path,
@@ -94,8 +98,14 @@ def convert(
         checked_nbytes=checked,
         verified=options.verify,
         seconds=time.monotonic() - started,
-        notes=(*weights.notes, *plan.notes),
+        notes=(*weights.notes, *plan.notes, *_overflow_notes(infinite)),
     )
+
+
+def _overflow_notes(infinite: Infinite) -> Iterator[str]:
+    if infinite.keys:
+        keys = ", ".join(listed(sorted(infinite.keys), 3))
+        yield f"infinite values, since float16 ends at 65,504: {keys}; --dtype bfloat16 keeps the range of float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

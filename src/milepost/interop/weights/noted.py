@@ -1,4 +1,4 @@
-"""Record digests of tensors while reading, so that the written data can be read back and compared."""
+"""Record what passes while reading tensors: digests, to compare what was written, and infinite values."""
 
 from __future__ import annotations
 
@@ -35,6 +35,29 @@ class Noted:
         """See :class:`Readable`."""
         self.base.read_into(key, box, out)
         self.crcs[key, box] = digest.crc32(raw_bytes(out))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Infinite:
+    """Wraps ``base`` and records the tensors with infinite values, as casts to float16 make of those above 65,504."""
+
+    base: Readable
+    keys: set[str] = field(default_factory=set)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """See :class:`Readable`."""
+        return self.base.tensors
+
+    def unit_rows(self, key: str) -> int:
+        """See :class:`Readable`."""
+        return self.base.unit_rows(key)
+
+    def read_into(self, key: str, box: Box, out: Array) -> None:
+        """See :class:`Readable`."""
+        self.base.read_into(key, box, out)
+        if key not in self.keys and out.dtype.kind == "f" and np.isinf(out).any():
+            self.keys.add(key)
 
 
 def compare_with_noted(noted: Noted, written: Source, num_threads: int, advance: Advance | None) -> None:
