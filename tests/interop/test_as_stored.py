@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,21 @@ def test_a_module_that_is_cut_in_another_way_than_its_files_is_stored_as_they_ar
     torch.save(untied, memory_path / "less.pt")
     with pytest.raises(ConversionError, match=r"missing: model\.norm\.weight"):
         convert(memory_path / "less.pt", memory_path / "lost", options)
+
+
+def test_a_class_gives_its_names_where_assets_have_no_weights(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a state dict that records no class: its config names it."""
+    model: Any = MIXTRAL.model()
+    monkeypatch.setattr(as_stored, "names_of_class", lambda name, config: kept_names(model))
+    model.save_pretrained(memory_path / "expected")
+    (memory_path / "assets").mkdir()
+    shutil.copy(memory_path / "expected/config.json", memory_path / "assets")
+    torch.save(model.state_dict(), memory_path / "in.pt")
+    options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path / "assets", verify=True)
+    convert(memory_path / "in.pt", memory_path / "out", options)
+    assert_equal(hf_tensors(memory_path / "out"), hf_tensors(memory_path / "expected"))
 
 
 def test_assets_with_the_names_of_an_earlier_version_do_not_hinder_an_export(

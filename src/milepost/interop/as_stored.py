@@ -16,7 +16,7 @@ from milepost.format.box import Box
 from milepost.format.huggingface import SINGLE_NAME
 from milepost.format.safetensors import read_header
 from milepost.interop.hf.class_names import names_of_class
-from milepost.interop.hf.classes import architecture
+from milepost.interop.hf.classes import architecture, is_known
 from milepost.interop.hf.extras import HfExtras, lent_extras
 from milepost.interop.hf.kept import ARCHITECTURE, KeptNames
 from milepost.interop.names.adapter_keys import first_of_adapter
@@ -103,7 +103,7 @@ def keep_names(weights: Weights, options: ConvertOptions) -> Kept:
     repeated = repeated_in(Renamed(source, bare), known)
     notes += [f"{key} is {original}, which is stored once" for key, original in repeated.items()]
     kept = Kept({key: old for key, old in bare.items() if key not in repeated}, extras, tuple(notes))
-    if kept.names.keys() != set(known) and (known or _recorded_class(weights)):
+    if kept.names.keys() != set(known) and (known or _recorded_class(weights) or is_known(architecture(extras.config))):
         kept = _by_class(weights, names, extras, known, options.dtype) or kept
     if kept.of_class is None:
         _check_known(kept.names, known, source.path)

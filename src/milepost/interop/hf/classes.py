@@ -41,6 +41,11 @@ def model_type(config: Mapping[str, Any] | None) -> str | None:
     return _families().get(named) or shortened(_HEAD.sub("", named) or named, _MAX_NAME_LENGTH).lower()
 
 
+def is_known(name: str | None) -> bool:
+    """Return whether ``name`` is a class of transformers, by its tables."""
+    return name in _families()
+
+
 @cache
 def _families() -> Mapping[str, str]:
     table = json.loads(files("milepost.interop.hf").joinpath("classes.json").read_text())
