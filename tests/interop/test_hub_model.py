@@ -245,3 +245,24 @@ def test_files_of_earlier_versions_of_transformers_are_loaded(memory_path: Path)
 def test_the_config_of_a_folder_is_read_as_from_pretrained_reads_it() -> None:
     config = transformers.GraniteMoeHybridConfig(time_step_limit=(0.5, float("inf")))
     assert tuple(config_of(config.to_json_string()).time_step_limit) == tuple(config.time_step_limit)
+
+
+def test_what_a_class_leaves_out_by_its_own_list_is_left_out(memory_path: Path) -> None:
+    """As ``from_pretrained`` does: layers for further predictions, and constants that old files lack."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32, "max_position_embeddings": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    model: Any = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **heads))
+    model._keys_to_ignore_on_load_unexpected = {r"layers\.9\."}  # DeepSeek-V3's list has the one behind its last
+    model.save_pretrained(memory_path / "weights")
+    file = memory_path / "weights/model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors["final_logits_bias"]
+    safetensors.torch.save_file(tensors | {"model.decoder.layers.9.fc1.weight": torch.ones(2)}, file)
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        fresh.model.decoder.layers[0].fc1.weight.fill_(0.5)
+    report = start(memory_path / "next", fresh, memory_path / "weights")
+    assert (report.missing, report.unexpected) == ((), ())
+    assert "not read, as the class does not use them: model.decoder.layers.9.fc1.weight" in report.notes
+    assert any("as the class allows, left as initialized: final_logits_bias" in note for note in report.notes)
+    assert_equal(dict(fresh.state_dict()), dict(model.state_dict()))

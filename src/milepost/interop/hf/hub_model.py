@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from milepost.errors import ConfigError, ConversionError, StateMismatchError
+from milepost.errors import ConfigError, ConversionError, StateMismatchError, listed
 from milepost.format.box import Box
 from milepost.format.huggingface import GENERATION_CONFIG_NAME
 from milepost.format.manifest import Manifest
@@ -23,7 +24,7 @@ from milepost.interop.names.match import difference
 from milepost.interop.names.rules import MappedBox, Op, Recipe
 from milepost.interop.weights.boxes import Readable, Renamed
 from milepost.interop.weights.dequantized import plain_weights
-from milepost.interop.weights.open import open_weights
+from milepost.interop.weights.open import open_weights, refuse_one_of_several
 from milepost.loading.fit import check_unexpected
 from milepost.loading.load_from import LoadReport
 from milepost.loading.module import DERIVED
@@ -95,6 +96,7 @@ class HubModel:
         started = time.monotonic()
         names = kept_names(self._model)
         prefix = _prefix(leaves, names)
+        refuse_one_of_several(path)
         opened = open_weights(path)
         with opened.source:
             if opened.is_adapter:
@@ -107,7 +109,10 @@ class HubModel:
             there = Assembled(view, {key: ours[key] for key in leaves if key in ours and _is_there(ours[key], view)})
             never_there = {prefix + name for name in names.ignored if prefix + name not in there.tensors}
             missing = sorted(key for key in leaves if key not in there.tensors and key not in never_there)
-            unexpected = _unexpected(view, recipes, names)
+            optional, missing = _by_class(self._model, "_keys_to_ignore_on_load_missing", missing)
+            unused, unexpected = _by_class(
+                self._model, "_keys_to_ignore_on_load_unexpected", _unexpected(view, recipes, names)
+            )
             self._refuse(source.path, view, there, unexpected, policy)
             _check_tied(view, names, source.path)
             wanted = {key: leaf for key, leaf in leaves.items() if key in there.tensors}
@@ -116,14 +121,14 @@ class HubModel:
             nbytes = fill(there, wanted, num_threads, f"loading {source.path}" if logs_progress else None)
             source.check_digests()
         let_pass = policy.let_pass(missing, unexpected)
-        computed = [f"{key} is in no file of this class: left as initialized" for key in sorted(never_there)]
+        notes = _notes(sorted(never_there), unused, optional)
         return weights_report(
             *(source.path, len(wanted), nbytes, started),
             unexpected=unexpected,
             missing=missing,
             cast=cast,
             let_pass=let_pass,
-            notes=(*weights.notes, *computed, *map(str, let_pass)),
+            notes=(*weights.notes, *notes, *map(str, let_pass)),
         )
 
     def _refuse(self, path: str, view: Readable, there: Readable, unexpected: list[str], policy: Policy) -> None:
@@ -231,6 +236,22 @@ def _unexpected(view: Readable, recipes: Mapping[str, Recipe], names: KeptNames)
     """Return stored tensors from which no tensor of the module is built."""
     used = {piece.source_key for recipe in recipes.values() for piece in recipe.pieces}
     return sorted(key for key in view.tensors if key not in used and not _may_be_left(key, names))
+
+
+def _by_class(model: Any, name: str, keys: Collection[str]) -> tuple[list[str], list[str]]:
+    """Split ``keys`` into those in the list of patterns ``name`` of the class, and the others, as in transformers."""
+    patterns = getattr(model, name, None) or ()
+    found = [key for key in keys if any(re.search(pattern, key) for pattern in patterns)]
+    return found, [key for key in keys if key not in set(found)]
+
+
+def _notes(computed: Sequence[str], unused: Sequence[str], optional: Sequence[str]) -> list[str]:
+    notes = [f"{key} is in no file of this class: left as initialized" for key in computed]
+    if unused:
+        notes.append(f"not read, as the class does not use them: {', '.join(listed(unused))}")
+    if optional:
+        notes.append(f"not in the weights, as the class allows, left as initialized: {', '.join(listed(optional))}")
+    return notes
 
 
 def _may_be_left(key: str, names: KeptNames) -> bool:
