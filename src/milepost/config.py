@@ -66,7 +66,7 @@ class CheckpointConfig:
     initial_load_model_only: bool = True
     """Load only the model from ``initial_load_path``, not the optimizer and the rest."""
     initial_load_in_hf: bool = False
-    """``initial_load_path`` (or the model's ``hf_assets_path``) holds Hugging Face safetensors."""
+    """``initial_load_path`` (or the model's ``hf_assets_path``) holds Hugging Face files of weights."""
     last_save_model_only: bool = True
     """The save at the last step holds only the model."""
     last_save_in_hf: bool = False

@@ -59,8 +59,8 @@ from milepost.format.huggingface import (
     INDEX_NAME,
     MAX_CONFIG_NBYTES,
     MAX_INDEX_NBYTES,
+    parse_index,
     parse_object,
-    parse_weight_map,
 )
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, SHARDS_NAME, Manifest
 from milepost.format.manifest_check import manifest_faults
@@ -279,7 +279,7 @@ def prepare_index(data: bytes, scratch: Path) -> None:
 
 
 def read_index(data: bytes, scratch: Path) -> object:
-    found = parse_weight_map(read_linked(LocalStorage(scratch), INDEX_NAME, MAX_INDEX_NBYTES), INDEX_NAME)
+    found = parse_index(read_linked(LocalStorage(scratch), INDEX_NAME, MAX_INDEX_NBYTES), INDEX_NAME).weight_map
     assert not any("/" in name for name in found.values())
     return len(found)
 

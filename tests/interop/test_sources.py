@@ -23,6 +23,7 @@ from milepost.interop.convert import convert
 from milepost.interop.options import ConvertOptions
 from milepost.interop.weights.open import open_weights
 from milepost.saving.save import save
+from milepost.verification.verify import verify
 
 STATE = {
     "a.weight": torch.arange(3_000_000.0).reshape(1000, 3000),
@@ -132,7 +133,7 @@ def test_an_index_that_does_not_fit_the_files_is_refused_with_all_faults(broken:
     (broken / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(FormatError) as caught:
         open_weights(broken)
-    assert "(model.absent.weight): in the index, but not in any file" in caught.value.message
+    assert "(model.absent.weight): in the index, but in none of its files" in caught.value.message
     assert f"({moved}): the index says {index['weight_map'][moved]}" in caught.value.message
 
 
@@ -158,7 +159,7 @@ def test_a_folder_without_weights_says_what_to_give_instead(tmp_path: Path):
 
 
 def test_a_strided_tensor_in_a_pt_file_is_refused_with_advice(tmp_path: Path):
-    torch.save({"w": torch.ones(3, 4).t()}, tmp_path / "model.pt")
+    torch.save({"w": torch.ones(3, 4)[:, :2]}, tmp_path / "model.pt")
     with pytest.raises(ConversionError, match="contiguous"):
         open_weights(tmp_path / "model.pt")
 
@@ -233,9 +234,24 @@ def test_one_of_several_files_does_not_pass_for_a_model(memory_path: Path, endin
 
 def test_a_model_split_into_torch_files_is_not_read_in_part(memory_path: Path) -> None:
     for number in (1, 2):
-        torch.save({"weight": torch.ones(2)}, memory_path / f"pytorch_model-0000{number}-of-00002.bin")
-    with pytest.raises(CheckpointNotFoundError, match=r"split into torch files: load it with transformers and save_pr"):
+        torch.save({"weight": torch.ones(2)}, memory_path / f"part-0000{number}-of-00002.pt")
+    with pytest.raises(CheckpointNotFoundError, match=r"split into torch files of unknown names: load it and save"):
         open_weights(memory_path)
+
+
+def test_what_an_index_says_wrongly_of_good_files_is_noted(broken: Path) -> None:
+    index = json.loads((broken / INDEX_NAME).read_text())
+    total = sum(array.nbytes for file in shards(broken) for array in load_file(file).values())
+    assert index["metadata"]["total_size"] == total
+    assert not any("total_size" in note for note in verify(broken).notes)
+    index["metadata"]["total_size"] = total + 7.0
+    (broken / INDEX_NAME).write_text(json.dumps(index))
+    shutil.copy(shards(broken)[0], broken / "model-00077-of-00077.safetensors")
+    opened = open_weights(broken)
+    opened.source.close()
+    for notes in (opened.notes, verify(broken).notes):
+        assert f"{INDEX_NAME} gives a total_size of {total + 7:,} bytes, its tensors have {total:,}: ignored" in notes
+        assert f"{INDEX_NAME} does not name model-00077-of-00077.safetensors: not read" in notes
 
 
 def test_factors_of_8_bit_floats_are_not_left_out(memory_path: Path) -> None:

@@ -1,17 +1,20 @@
 """A Hugging Face folder's files: names, and validated parsing of its JSON.
 
 The content of a folder's JSON is copied into other files, printed and used for file names. So all text must be valid
-Unicode, nesting is limited, and an index may only name plain safetensors files beside it.
+Unicode, nesting is limited, and an index may only name plain files of weights beside it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from milepost.errors import FormatError
+from milepost.format.tags import untagged
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,35 +28,84 @@ MAX_INDEX_NBYTES = 128 << 20
 MAX_DEPTH = 64
 MAX_NAME_LENGTH = 200
 
-_SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The names of files of weights in one format."""
+
+    suffix: str
+    single: str
+    """The file of a model that is not split."""
+    index: str
+    shard: re.Pattern[str]
+    """One of several files: its number and their count."""
+    adapter: str
+
+    def are_in(self, names: Collection[str]) -> bool:
+        """Return whether a folder has such files of a whole model, by name."""
+        known = (self.single, self.index)
+        return any(name in known or self.shard.fullmatch(name) is not None for name in map(untagged, names))
+
+    def unindexed(self, names: Collection[str]) -> list[str]:
+        """Return the files of weights of a folder without an index; a numbered file determines their number."""
+        found = sorted(name for name in names if name.endswith(self.suffix))
+        if self.single in found:
+            return [self.single]
+        count = next(iter(self.numbered(found).values()), 0)
+        if count:
+            return [self._shard_name(index, count) for index in range(1, count + 1)]
+        if self is SAFETENSORS:
+            return found
+        return [name for name in found if name == self.adapter]  # anything may be called .bin
+
+    def numbered(self, names: Collection[str]) -> dict[str, int]:
+        """Return the parts of split models among ``names``, each with the count of its model's files."""
+        matches = {name: self.shard.fullmatch(name) for name in sorted(names)}
+        return {name: int(match[2]) for name, match in matches.items() if match is not None}
+
+    def is_valid(self, name: str) -> bool:
+        """Return whether ``name`` is valid for a file of weights: a plain name that no shell takes for an option."""
+        return (
+            name.endswith(self.suffix)
+            and len(name) <= MAX_NAME_LENGTH
+            and name[0] not in ".-"
+            and name.isprintable()
+            and not set(name) & set("/\\")
+        )
+
+    def _shard_name(self, index: int, count: int) -> str:
+        return f"{self.single.removesuffix(self.suffix)}-{index:05d}-of-{count:05d}{self.suffix}"
+
+
+SAFETENSORS = WeightFiles(
+    suffix=".safetensors",
+    single=SINGLE_NAME,
+    index=INDEX_NAME,
+    shard=re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors"),
+    adapter=ADAPTER_NAME,
+)
+TORCH_FILES = WeightFiles(
+    suffix=".bin",
+    single="pytorch_model.bin",
+    index="pytorch_model.bin.index.json",
+    shard=re.compile(r"pytorch_model-(\d{5})-of-(\d{5})\.bin"),
+    adapter="adapter_model.bin",
+)
+"""Files of ``torch.save``, which transformers wrote before it knew safetensors."""
+
+
+def weight_files(names: Collection[str]) -> WeightFiles:
+    """Return the format of a folder's weights: like transformers, safetensors if there are any."""
+    if not SAFETENSORS.are_in(names):
+        is_adapter = TORCH_FILES.adapter in names and not any(name.endswith(SAFETENSORS.suffix) for name in names)
+        if is_adapter or TORCH_FILES.are_in(names):
+            return TORCH_FILES
+    return SAFETENSORS
 
 
 def shard_file_name(index: int, count: int) -> str:
     """Return the name of file ``index`` (from 1) of ``count``."""
     return f"model-{index:05d}-of-{count:05d}.safetensors"
-
-
-def is_weights_name(name: str) -> bool:
-    """Return True if ``name`` is valid for a file of weights: a plain name that no shell takes for an option."""
-    return (
-        name.endswith(".safetensors")
-        and len(name) <= MAX_NAME_LENGTH
-        and name[0] not in ".-"
-        and name.isprintable()
-        and not set(name) & set("/\\")
-    )
-
-
-def unindexed_files(names: Collection[str]) -> list[str]:
-    """Return the weight files of a folder without an index; a numbered file determines their number."""
-    found = sorted(name for name in names if name.endswith(".safetensors"))
-    if SINGLE_NAME in found:
-        return [SINGLE_NAME]
-    numbered = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
-    if not numbered:
-        return found
-    count = int(numbered[0][2])
-    return [shard_file_name(index, count) for index in range(1, count + 1)]
 
 
 def parse_object(data: bytes, path: str) -> dict[str, Any]:
@@ -68,15 +120,29 @@ def parse_object(data: bytes, path: str) -> dict[str, Any]:
     return value
 
 
-def parse_weight_map(data: bytes, path: str) -> dict[str, str]:
-    """Return key -> file name from the content of an index. Raises FormatError if it is malformed."""
-    weight_map = parse_object(data, path).get("weight_map")
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """The content of an index."""
+
+    weight_map: Mapping[str, str]
+    """Key -> file name."""
+    total_nbytes: int | None
+    """The size of all tensors, if it is stated; published ones are wrong at times."""
+
+
+def parse_index(data: bytes, path: str, files: WeightFiles = SAFETENSORS) -> WeightIndex:
+    """Parse an index of ``files``. Raises FormatError if it is malformed."""
+    content = parse_object(data, path)
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: weight_map is missing", path=path)
     for name in weight_map.values():
-        if not isinstance(name, str) or not is_weights_name(name):
-            raise FormatError(f"{path} names {name!r:.200}: expected a safetensors file beside it", path=path)
-    return weight_map
+        if not isinstance(name, str) or not files.is_valid(name):
+            kind = files.suffix.removeprefix(".")
+            raise FormatError(f"{path} names {name!r:.200}: expected a {kind} file beside it", path=path)
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    is_number = isinstance(total, int | float) and not isinstance(total, bool) and math.isfinite(total)
+    return WeightIndex(weight_map, int(total) if is_number and total is not None else None)
 
 
 def _check_content(value: dict[str, Any], path: str) -> None:

@@ -43,6 +43,15 @@ class LocatedTensor:
         return 0 in self.sizes or all(size == 1 or stride == wanted for size, stride, wanted in strides)
 
     @property
+    def axes(self) -> tuple[int, ...] | None:
+        """The dims in the order in which the elements are one run of the storage; None if they are not one."""
+        order = sorted(range(len(self.sizes)), key=lambda dim: (self.sizes[dim] != 1, -self.strides[dim]))
+        sizes, strides = [self.sizes[dim] for dim in order], [self.strides[dim] for dim in order]
+        dense = zip(sizes, strides, strides_of(tuple(sizes)), strict=True)
+        is_run = self.is_row_major or all(size == 1 or stride == wanted for size, stride, wanted in dense)
+        return tuple(order) if is_run else None
+
+    @property
     def is_plain(self) -> bool:
         """True if the storage holds exactly the tensor's elements in row-major order."""
         nbytes = math.prod(self.sizes) * itemsize(self.dtype)

@@ -88,7 +88,7 @@ def load_any(request: WeightsRequest, comm: Comm) -> LoadReport:
         missing=fitted.fit.missing,
         cast=tuple(sorted((*fitted.fit.cast, *fitted.target.cast))),
         let_pass=let_pass,
-        notes=(*map(str, let_pass), *fitted.target.notes),
+        notes=(*fitted.notes, *map(str, let_pass), *fitted.target.notes),
     )
 
 
@@ -108,6 +108,7 @@ class _Fitted:
     unexpected: list[str]
     unwanted: Collection[str]
     """Unexpected keys that the policy does not allow."""
+    notes: tuple[str, ...]
 
 
 def _fit(request: WeightsRequest, files: ExitStack) -> _Fitted:
@@ -115,7 +116,8 @@ def _fit(request: WeightsRequest, files: ExitStack) -> _Fitted:
     refuse_one_of_several(request.path)
     opened = open_weights(request.path)
     files.enter_context(opened.source)
-    source = _as_the_model_has_it(opened, request.model_keys).source
+    weights = _as_the_model_has_it(opened, request.model_keys)
+    source = weights.source
     moved = renames(source.tensors, request.model_keys)
     ours = {key: key for key in source.tensors} | {old: new for new, old in moved.items()}
     manifest = renamed(_described(source.tensors, _versions(opened.versions, ours)), moved).manifest
@@ -135,6 +137,7 @@ def _fit(request: WeightsRequest, files: ExitStack) -> _Fitted:
         leaves={key: leaf for key, leaf in flat.tensors.items() if key in manifest.tensors},
         unexpected=unexpected,
         unwanted=request.policy.refused_unexpected(unexpected),
+        notes=weights.notes,
     )
 
 

@@ -11,7 +11,7 @@ from milepost.errors import CheckpointNotFoundError, FormatError, listed
 from milepost.format.manifest import MANIFEST_NAME, METADATA_NAME
 from milepost.format.tags import tag_of, untagged
 from milepost.run.checkpoint_record import read_record
-from milepost.run.hf_folder import is_hf_folder
+from milepost.run.hf_folder import holds_safetensors
 from milepost.run.step_names import CHECKPOINT_FILE, step_of
 from milepost.storage import is_url
 from milepost.storage.base import Storage, join, split
@@ -63,7 +63,7 @@ def names_beside(storage: Storage, path: str) -> list[str]:
     except (CheckpointNotFoundError, FormatError):
         own = set()
     # Otherwise a checkpoint that lost its commit record would have its weights mixed with another's.
-    return [name for name in names if name not in own and (own or not is_hf_folder([name]))]
+    return [name for name in names if name not in own and (own or not holds_safetensors([name]))]
 
 
 def keep_beside(storage: Storage, path: str) -> str | None:

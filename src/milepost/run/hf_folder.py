@@ -1,6 +1,7 @@
-"""Describe a Hugging Face folder as a manifest of the tensors in its files, from their headers only.
+"""Describe a Hugging Face folder as a manifest of the tensors in its files, without reading their data.
 
-A step whose model was saved in this form is described likewise: its own manifest names files, not tensors.
+The files are safetensors or, in older folders, those of ``torch.save``. A step whose model was saved in this form is
+described likewise: its own manifest names files, not tensors.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from milepost.format.box import Box
 from milepost.format.dtype import itemsize
 from milepost.format.huggingface import (
     ADAPTER_CONFIG_NAME,
-    ADAPTER_NAME,
     INDEX_NAME,
     MAX_INDEX_NBYTES,
-    SINGLE_NAME,
-    parse_weight_map,
-    unindexed_files,
+    SAFETENSORS,
+    TORCH_FILES,
+    WeightFiles,
+    WeightIndex,
+    parse_index,
+    weight_files,
 )
 from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry, TensorEntry
@@ -34,14 +37,17 @@ OpenFile = Callable[[str], ReadHandle]
 
 @dataclass(frozen=True, slots=True)
 class HfFolder:
-    """Content of the headers of a folder's safetensors files, and problems in them."""
+    """Content of the headers of a folder's files of weights, and problems in them."""
 
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
     problems: tuple[Problem, ...]
     """Files that are missing or malformed, and keys that are not where the index says."""
-    note: str = ""
+    notes: tuple[str, ...] = ()
     """Notes for the user on the files that were read."""
+    kind: WeightFiles = SAFETENSORS
+    data_nbytes: int = 0
+    """Bytes of all tensors."""
 
     def require(self, path: str) -> None:
         """Raise FormatError with all problems of the folder at ``path``, if there are any."""
@@ -52,12 +58,18 @@ class HfFolder:
 
 def is_hf_folder(names: Collection[str]) -> bool:
     """True if a folder with files of these names holds weights, or an adapter, for Hugging Face's programs."""
+    return holds_safetensors(names) or weight_files(names) is TORCH_FILES
+
+
+def holds_safetensors(names: Collection[str]) -> bool:
+    """True if a folder with files of these names holds safetensors, the form in which Milepost saves steps."""
     return any(name.endswith(".safetensors") for name in names) or INDEX_NAME in names
 
 
 def is_adapter(names: Collection[str]) -> bool:
     """True if the folder holds an adapter (LoRA and the like) of PEFT, not a whole model."""
-    return ADAPTER_CONFIG_NAME in names or (ADAPTER_NAME in names and SINGLE_NAME not in names)
+    kind = weight_files(names)
+    return ADAPTER_CONFIG_NAME in names or (kind.adapter in names and kind.single not in names)
 
 
 def is_hf_step(manifest: Manifest) -> bool:
@@ -74,30 +86,60 @@ def read_hf_folder(
 
     Raises:
         StorageError: the storage can't be read at all.
+        ConversionError: a file is of another known kind.
     """
+    kind = weight_files(names)
     problems: list[Problem] = []
-    weight_map: Mapping[str, str] | None = None
-    note = ""
-    index = plain_or_tagged(INDEX_NAME, names)
-    if index is not None:
-        where = join(folder, index)
+    index: WeightIndex | None = None
+    notes: list[str] = []
+    index_name = plain_or_tagged(kind.index, names)
+    if index_name is not None:
+        where = join(folder, index_name)
         try:
-            weight_map = parse_weight_map(read_linked(storage, where, MAX_INDEX_NBYTES), where)
+            index = parse_index(read_linked(storage, where, MAX_INDEX_NBYTES), where, kind)
         except MilepostError as error:
-            problems.append(Problem(error.message.removeprefix(f"{where}: "), index))
-    if weight_map is not None and SINGLE_NAME in names and SINGLE_NAME not in weight_map.values():
-        weight_map, note = (
-            None,
-            f"there are {SINGLE_NAME} and an index of other files: the former was read, as transformers does",
-        )
-    wanted = sorted(set(weight_map.values())) if weight_map is not None else unindexed_files(names)
+            problems.append(Problem(error.message.removeprefix(f"{where}: "), index_name))
+    if index is not None and kind.single in names and kind.single not in index.weight_map.values():
+        index = None
+        notes.append(f"there are {kind.single} and an index of other files: the former was read, as transformers does")
+    wanted = sorted(set(index.weight_map.values())) if index is not None else kind.unindexed(names)
     missing = [name for name in wanted if name not in names]
+    if index is not None:
+        problems += _left_out(kind, wanted, names)
     problems += [Problem(f"missing: one of {len(wanted)} files; download it again", name) for name in missing]
     found = read_headers(storage, folder, [name for name in wanted if name in names], open_file)
     problems += found.problems
-    if weight_map is not None and not problems:
-        problems += _misplaced(weight_map, found.tensors)
-    return replace(found, problems=tuple(problems), note=note)
+    if index is not None and not problems:
+        problems += _misplaced(index.weight_map, found.tensors, kind.index)
+        notes += _index_notes(index, found, kind, names)
+    return replace(found, problems=tuple(problems), notes=(*notes, *found.notes), kind=kind)
+
+
+def _left_out(kind: WeightFiles, wanted: Sequence[str], names: Collection[str]) -> Iterator[Problem]:
+    """Yield the files of a split model that its index leaves out, by their number and count."""
+    numbered = kind.numbered(names)
+    counts = {kind.numbered([name]).get(name) for name in wanted} - {None}
+    for name, count in numbered.items():
+        if count in counts and name not in wanted:
+            yield Problem(f"not named by {kind.index}, although it is one of its {count} files", name)
+
+
+def _index_notes(index: WeightIndex, found: HfFolder, kind: WeightFiles, names: Collection[str]) -> Iterator[str]:
+    """Yield what an index says wrongly although each tensor is where it says."""
+    others = [name for name in kind.numbered(names) if name not in found.files]
+    if others:
+        yield f"{kind.index} does not name {', '.join(listed(others))}: not read"
+    if index.total_nbytes is None:
+        return
+    sizes = {found.data_nbytes}
+    if kind is TORCH_FILES:  # tensors that share a storage are counted once or several times
+        shards = [entry.shards[0] for entry in found.tensors.values()]
+        sizes.add(sum({(one.file, one.record_offset): one.data_nbytes for one in shards}.values()))
+    if index.total_nbytes not in sizes:
+        yield (
+            f"{kind.index} gives a total_size of {index.total_nbytes:,} bytes, its tensors have "
+            f"{found.data_nbytes:,}: ignored"
+        )
 
 
 def plain_or_tagged(name: str, names: Collection[str]) -> str | None:
@@ -106,33 +148,65 @@ def plain_or_tagged(name: str, names: Collection[str]) -> str | None:
 
 
 def read_headers(storage: Storage, folder: str, names: Sequence[str], open_file: OpenFile | None = None) -> HfFolder:
-    """Read the headers of the safetensors files ``names`` of a folder; see :func:`read_hf_folder`."""
-
-    def open_by_default(name: str) -> ReadHandle:
-        handle = open_linked(storage, join(folder, name), anywhere=True)
-        try:
-            refuse_other_kind(handle.read, handle.nbytes, handle.path, ".safetensors")
-        except BaseException:
-            handle.close()
-            raise
-        return handle
+    """Read the headers of the files of weights ``names`` of a folder; see :func:`read_hf_folder`."""
 
     problems: list[Problem] = []
     headers: dict[str, Mapping[str, StoredTensor]] = {}
+    located: dict[str, Mapping[str, TensorEntry]] = {}
     files: dict[str, FileEntry] = {}
     for name in names:
         try:
-            with (open_file or open_by_default)(name) as handle:
-                header = read_header(handle)
+            with open_file(name) if open_file is not None else _open(storage, folder, name) as handle:
+                if _is_torch(name):
+                    located[name] = torch_entries(handle, name)
+                else:
+                    headers[name] = read_header(handle).tensors
+                files[name] = FileEntry(handle.nbytes)
         except (FormatError, StorageError) as error:
             problems.append(Problem(error.message, name))
-            continue
-        files[name] = FileEntry(header.nbytes)
-        headers[name] = header.tensors
-    tensors = HeaderTensors(headers)
-    if len(tensors) < sum(map(len, headers.values())):
-        problems += _stored_twice(headers)
-    return HfFolder(tensors, files, tuple(problems))
+    if located:
+        found: Mapping[str, TensorEntry] = {key: one for entries in located.values() for key, one in entries.items()}
+        nbytes = sum(entry.shards[0].data_nbytes for entries in located.values() for entry in entries.values())
+        problems += _stored_twice(located)
+    else:
+        found = HeaderTensors(headers)
+        nbytes = sum(stored.nbytes for header in headers.values() for stored in header.values())
+        problems += _stored_twice(headers) if len(found) < sum(map(len, headers.values())) else []
+    return HfFolder(found, files, tuple(problems), data_nbytes=nbytes)
+
+
+def _open(storage: Storage, folder: str, name: str) -> ReadHandle:
+    handle = open_linked(storage, join(folder, name), anywhere=True)
+    try:
+        refuse_other_kind(handle.read, handle.nbytes, handle.path, name if _is_torch(name) else ".safetensors")
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def _is_torch(name: str) -> bool:
+    return name.endswith(TORCH_FILES.suffix)
+
+
+def torch_entries(handle: ReadHandle, name: str) -> dict[str, TensorEntry]:
+    """Describe the tensors of an open ``torch.save`` file called ``name``.
+
+    Raises:
+        FormatError: it is malformed, or holds more than plain data and tensors.
+    """
+    try:
+        located = locate_tensors(handle.read, handle.nbytes, handle.path)
+    except FormatError as error:
+        raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
+    entries = {}
+    for key, stored in located.items():
+        box = Box.whole(stored.sizes)
+        nbytes = box.numel * itemsize(stored.dtype)
+        start = stored.data_offset + stored.storage_offset * itemsize(stored.dtype)
+        place = ShardEntry(box, name, start, nbytes, start, nbytes, stored.crc32 if stored.is_plain else None)
+        entries[key] = TensorEntry(stored.dtype, stored.sizes, (place,))
+    return entries
 
 
 class HeaderTensors(Mapping[str, TensorEntry]):
@@ -163,7 +237,7 @@ class HeaderTensors(Mapping[str, TensorEntry]):
         return len(self._file_of)
 
 
-def _stored_twice(headers: Mapping[str, Mapping[str, StoredTensor]]) -> list[Problem]:
+def _stored_twice(headers: Mapping[str, Mapping[str, object]]) -> list[Problem]:
     """Keys that an earlier file holds too."""
     seen: set[str] = set()
     problems = []
@@ -173,7 +247,7 @@ def _stored_twice(headers: Mapping[str, Mapping[str, StoredTensor]]) -> list[Pro
     return problems
 
 
-def _misplaced(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> list[Problem]:
+def _misplaced(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry], index: str) -> list[Problem]:
     """Keys that are not in the file that the index says."""
     found = {key: entry.shards[0].file for key, entry in tensors.items()}
     if found == weight_map:
@@ -182,7 +256,7 @@ def _misplaced(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
     for key in sorted({*weight_map, *found}):
         said, file = weight_map.get(key), found.get(key)
         if file is None:
-            problems.append(Problem("in the index, but not in any file", INDEX_NAME, key))
+            problems.append(Problem("in the index, but in none of its files", index, key))
         elif said != file:
             problems.append(Problem(f"the index says {said or 'nothing of it'}", file, key))
     return problems
@@ -214,26 +288,9 @@ def manifest_of_file(storage: Storage, path: str) -> Manifest:
             problems = "\n".join(listed([problem.message for problem in found.problems]))
             raise FormatError(problems, path=f"{storage.root}/{path}")
         return _manifest("model", found, 0.0)
-    tensors = {}
     with open_linked(storage, path, anywhere=True) as handle:
         refuse_other_kind(handle.read, handle.nbytes, handle.path, name)
-
-        def read_at(offset: int, nbytes: int) -> bytes:
-            data = bytearray(nbytes)
-            handle.read_into(offset, [memoryview(data)])
-            return bytes(data)
-
-        try:
-            located = locate_tensors(read_at, handle.nbytes, handle.path)
-        except FormatError as error:
-            raise FormatError(f"{handle.path}: {error.message}", path=handle.path) from error
-        for key, stored in located.items():
-            box = Box.whole(stored.sizes)
-            nbytes = box.numel * itemsize(stored.dtype)
-            start = stored.data_offset + stored.storage_offset * itemsize(stored.dtype)
-            place = ShardEntry(box, name, start, nbytes, start, nbytes, stored.crc32 if stored.is_plain else None)
-            tensors[key] = TensorEntry(stored.dtype, stored.sizes, (place,))
-        return _manifest("model", HfFolder(tensors, {name: FileEntry(handle.nbytes)}, ()), 0.0)
+        return _manifest("model", HfFolder(torch_entries(handle, name), {name: FileEntry(handle.nbytes)}, ()), 0.0)
 
 
 def manifest_of(storage: Storage, folder: str) -> Manifest:

@@ -17,7 +17,7 @@ from functools import partial
 from milepost.collective.threads import map_in_threads
 from milepost.errors import ConfigError, SaveError
 from milepost.format.digest import block_crcs, files_in_blocks
-from milepost.format.huggingface import INDEX_NAME, parse_object, parse_weight_map
+from milepost.format.huggingface import INDEX_NAME, parse_index, parse_object
 from milepost.format.manifest import DIGESTS_NAME, Lineage, Manifest
 from milepost.format.shares import FileDigests
 from milepost.format.tags import untagged
@@ -289,7 +289,7 @@ def _index(src: Spot, known: bytes | None, weights: Sequence[str], place: Place)
     """Return the index of the files that hold tensors, under their names at ``place``."""
     if known is not None:
         index = parse_object(known, join(src.path, INDEX_NAME))
-        weight_map = parse_weight_map(known, join(src.path, INDEX_NAME))
+        weight_map = parse_index(known, join(src.path, INDEX_NAME)).weight_map
     else:
         headers = read_headers(src.storage, src.path, weights)
         headers.require(str(src))

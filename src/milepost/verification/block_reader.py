@@ -102,6 +102,20 @@ class BlockReader:
             self.handle.read_into(at, views)
             self._arrived(low, first, views)
 
+    def read_scattered(self, start: int, into: memoryview) -> None:
+        """Fill ``into`` with the data from byte ``start`` on, one of very many small parts.
+
+        Their digests are not kept: :meth:`finish` reads all the data again. Raises StorageError.
+        """
+        self.handle.read_into(self.offset + start, [into])
+        self._on_read(len(into))
+        if self.has_digests:
+            stop = start + len(into)
+            with self._lock:
+                for low in range(start - start % self._unit_nbytes, stop, self._unit_nbytes):
+                    if low not in self._checked:
+                        self._passed.setdefault(low, _Parts())
+
     def read_through(
         self, start: int, stop: int, spare: Callable[[], memoryview], take: Callable[[int, memoryview], None]
     ) -> None:

@@ -15,7 +15,7 @@ from milepost.format.huggingface import MAX_INDEX_NBYTES
 from milepost.format.manifest import DIGESTS_NAME, MANIFEST_NAME, METADATA_NAME, Manifest
 from milepost.format.manifest_json import MAX_MANIFEST_NBYTES, from_json
 from milepost.format.tags import untagged
-from milepost.run.hf_folder import is_hf_folder, is_hf_step
+from milepost.run.hf_folder import holds_safetensors, is_hf_step
 from milepost.storage.base import ReadHandle, Storage, join
 from milepost.storage.links import open_linked, read_linked
 from milepost.verification.block_reader import BlockReader
@@ -112,7 +112,7 @@ def read_hf_step(storage: Storage, folder: str, names: Collection[str]) -> HfSte
     """
     where = join(folder, MANIFEST_NAME)
     if MANIFEST_NAME not in names:
-        if DIGESTS_NAME in names and is_hf_folder(names) and METADATA_NAME not in names:
+        if DIGESTS_NAME in names and holds_safetensors(names) and METADATA_NAME not in names:
             raise FormatError(
                 f"{where}: missing, but {DIGESTS_NAME} exists (without it, the folder would be external)", path=where
             )

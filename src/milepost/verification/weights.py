@@ -14,7 +14,7 @@ from itertools import groupby
 
 from milepost.errors import FormatError, MilepostError, Problem, StorageError, listed
 from milepost.format.digest import files_in_blocks
-from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, parse_object
+from milepost.format.huggingface import ADAPTER_CONFIG_NAME, CONFIG_NAME, MAX_CONFIG_NBYTES, TORCH_FILES, parse_object
 from milepost.format.kinds import refuse_other_kind
 from milepost.format.manifest import TensorEntry
 from milepost.format.torch_file import MAX_ENTRIES, inert_values, locate_tensors
@@ -59,7 +59,12 @@ class WeightsCheck:
             self.notes.append("an adapter, not a full model")
         elif config is None:
             self.notes.append(f"{CONFIG_NAME} is missing: the model is unknown")
-        self._safetensors(folder, read_hf_folder(self._storage, folder, names), step)
+        found = read_hf_folder(self._storage, folder, names)
+        self.notes += found.notes
+        if found.kind is TORCH_FILES:
+            self._torch_files(folder, found)
+        else:
+            self._safetensors(folder, found, step)
 
     def file(self, path: str) -> None:
         """Check one file of weights."""
@@ -110,6 +115,18 @@ class WeightsCheck:
             with open_linked(self._storage, join(folder, name), anywhere=True) as handle:
                 self._reader.check(handle, name, extents)
 
+    def _torch_files(self, folder: str, found: HfFolder) -> None:
+        """Check the files of a folder of a model from before safetensors."""
+        for problem in found.problems:
+            self._findings.add(problem)
+        self.nbytes = self._findings.total_nbytes = sum(entry.nbytes for entry in found.files.values())
+        for name in found.files:
+            with open_linked(self._storage, join(folder, name), anywhere=True) as handle:
+                try:
+                    self._torch_file(handle, name)
+                except (FormatError, StorageError) as error:
+                    self._add(error, handle.path, name)
+
     def _blocks(self, step: HfStep, held: Mapping[str, Sequence[tuple[int, str]]]) -> None:
         """Compare all blocks of the step's files, or a sample, with their digests."""
         if self._level not in ("sample", "full"):
@@ -137,7 +154,7 @@ class WeightsCheck:
 
     def _torch_file(self, handle: ReadHandle, name: str) -> None:
         values: dict[str, object] = {}
-        self.num_items = len(locate_tensors(handle.read, handle.nbytes, handle.path, values=values))
+        self.num_items += len(locate_tensors(handle.read, handle.nbytes, handle.path, values=values))
         if inert := inert_values(values):
             self.notes.append(f"values other than tensors: {', '.join(listed(inert))}")
         if self._level != "full":

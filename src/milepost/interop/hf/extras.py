@@ -21,8 +21,8 @@ from milepost.format.huggingface import (
     MAX_CONFIG_NBYTES,
     MAX_INDEX_NBYTES,
     SINGLE_NAME,
+    parse_index,
     parse_object,
-    parse_weight_map,
     shard_file_name,
 )
 from milepost.interop.hf.config import config_faults, make_config, with_dtype
@@ -102,7 +102,7 @@ def hf_extras(
         config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
     weight_map = {}
     if INDEX_NAME in assets and max_shard_nbytes is None:
-        weight_map = parse_weight_map(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}")
+        weight_map = parse_index(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}").weight_map
     return HfExtras(
         config=config,
         folder=folder,
@@ -135,7 +135,7 @@ def lent_extras(
         config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
     weight_map = {}
     if lends_index and INDEX_NAME in assets:
-        weight_map = parse_weight_map(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}")
+        weight_map = parse_index(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}").weight_map
     return HfExtras(
         config=config if dtype is None else with_dtype(config, dtype),
         folder=folder,

@@ -69,11 +69,13 @@ class Renamed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """One stored box: its row-major bytes begin at byte ``start`` of ``reader``'s data."""
+    """One stored box: its elements begin at byte ``start`` of ``reader``'s data, row-major."""
 
     box: Box
     reader: BlockReader
     start: int = 0
+    axes: tuple[int, ...] = ()
+    """The dims in the order in which they are stored; empty: as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,22 @@ class Source:
                 continue
             if stretch.reader.has_digests:
                 self._read_from[id(stretch.reader)] = stretch.reader
-            target = out[common.relative_to(box).index()]
+            inner, shape, target = (
+                common.relative_to(stretch.box),
+                stretch.box.sizes,
+                out[common.relative_to(box).index()],
+            )
+            if stretch.axes:
+                order = stretch.axes
+                inner = Box(_in_order(inner.offsets, order), _in_order(inner.sizes, order))
+                shape, target = _in_order(shape, order), target.transpose(order)
             direct = target.dtype == stored and target.flags.c_contiguous
-            raw = target if direct else np.empty(common.sizes, stored)
+            raw = target if direct else np.empty(inner.sizes, stored)
             view, size, position = raw_bytes(raw), stored.itemsize, 0
-            for start, stop in contiguous_runs(common.relative_to(stretch.box), stretch.box.sizes):
+            read = stretch.reader.read_scattered if stretch.axes else stretch.reader.read
+            for start, stop in contiguous_runs(inner, shape):
                 part = view[position : position + (stop - start) * size]
-                stretch.reader.read(stretch.start + start * size, part)
+                read(stretch.start + start * size, part)
                 position += len(part)
             if not direct:
                 cast_into(target, raw)
@@ -147,6 +158,10 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _in_order(values: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(values[dim] for dim in order)
 
 
 def cast_into(target: Array, values: Array) -> None:

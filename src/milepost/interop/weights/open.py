@@ -19,6 +19,7 @@ from milepost.format.huggingface import (
     INDEX_NAME,
     MAX_CONFIG_NBYTES,
     SINGLE_NAME,
+    TORCH_FILES,
     parse_object,
 )
 from milepost.format.kinds import refuse_other_kind
@@ -29,7 +30,7 @@ from milepost.format.torch_file import inert_values, locate_tensors
 from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
 from milepost.run import catalog, checkpoint_record
 from milepost.run.branches import History
-from milepost.run.hf_folder import HeaderTensors, is_adapter, read_hf_folder
+from milepost.run.hf_folder import HeaderTensors, is_adapter, is_hf_folder, read_hf_folder
 from milepost.run.step_names import find_run
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
@@ -40,7 +41,7 @@ from milepost.verification.external import locate_manifest
 from milepost.verification.hf_step import CheckedFile, HfStep, read_hf_step
 
 _ONE_OF = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin|pt|pth)$")
-_SAVE_ANEW = "load it with transformers and save_pretrained() it, which writes safetensors, and give that folder"
+_SAVE_ANEW = "load it and save its state_dict() as one file"
 _OTHER_PARTS = tuple(f"{part}." for part in PARTS if part != "model")
 """Key prefixes of a training checkpoint's parts other than the model."""
 
@@ -81,12 +82,12 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
         # For a link into the hub's cache, only the link's name shows the format.
         return _open_file(storage, name, is_safetensors=os.fspath(path).endswith(".safetensors"))
     names = {entry.name for entry in storage.list(name)}
-    is_hf = INDEX_NAME in names or SINGLE_NAME in names
+    has_model = INDEX_NAME in names or SINGLE_NAME in names
     # A last save in Hugging Face's format also has our commit record, which holds the format.
     step = read_hf_step(storage, name, names)
-    if step is None and (MANIFEST_NAME in names or (METADATA_NAME in names and not is_hf)):
+    if step is None and (MANIFEST_NAME in names or (METADATA_NAME in names and not has_model)):
         return _open_dcp(storage, name, whole=whole)
-    if is_hf or any(file.endswith(".safetensors") for file in names):
+    if is_hf_folder(names):
         return _open_hf(storage, name, names, step)
     raise CheckpointNotFoundError(_not_weights(storage, name, full, names), path=full)
 
@@ -101,7 +102,7 @@ def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str])
         return f"{full} is a run, not a checkpoint: give one of its steps, such as {at}"
     torch_files = sorted(name for name in names if name.endswith((".pt", ".pth", ".bin")))
     if torch_files and _ONE_OF.search(torch_files[0]):
-        return f"{full} holds a model split into torch files: {_SAVE_ANEW}"
+        return f"{full} holds a model split into torch files of unknown names: {_SAVE_ANEW}"
     if torch_files:
         return f"{full} is a folder of torch files: give one of them, such as {full}/{torch_files[0]}"
     if "snapshots" in names:
@@ -114,7 +115,8 @@ def refuse_one_of_several(path: str | os.PathLike[str]) -> None:
     name = os.path.basename(os.fspath(path))
     match = _ONE_OF.search(name)
     if match is not None and int(match[1]) > 1:
-        do = "give the folder that holds them all" if name.endswith(".safetensors") else _SAVE_ANEW
+        is_known = name.endswith(".safetensors") or TORCH_FILES.shard.fullmatch(name) is not None
+        do = "give the folder that holds them all" if is_known else _SAVE_ANEW
         raise ConversionError(f"{path} is one of a model's {int(match[1])} files: {do}")
 
 
@@ -132,10 +134,14 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
             stored = _torch_file_tensors(handle, values, versions)
         stack.pop_all()
     kind = "hf" if is_safetensors else "pt"
-    inert = inert_values(values)
-    notes = (f"values that are not tensors were skipped: {', '.join(listed(inert))}",) if inert else ()
     source = Source(join_path(storage.root, name), kind, [handle], stored)
-    return Weights(source, notes=notes, values=values, versions=versions)
+    return Weights(source, notes=_skipped(values), values=values, versions=versions)
+
+
+def _skipped(values: Mapping[str, object]) -> tuple[str, ...]:
+    """Return a note on the values of a torch file that are not plain, if there are any."""
+    inert = inert_values(values)
+    return (f"values that are not tensors were skipped: {', '.join(listed(inert))}",) if inert else ()
 
 
 # ---- Hugging Face ----
@@ -152,12 +158,26 @@ def _open_hf(storage: Storage, folder: str, names: set[str], step: HfStep | None
 
     found = read_hf_folder(storage, folder, names, step.open_file if step is not None else None)
     found.require(path)
+    values: dict[str, object] = {}
+    versions: dict[str, int] = {}
     with ExitStack() as stack:
         handles = {name: stack.enter_context(open_file(name)) for name in found.files}
+        stored: Mapping[str, TensorStretches]
+        if found.kind is TORCH_FILES:
+            located = [_torch_file_tensors(handle, values, versions) for handle in handles.values()]
+            stored = {key: tensor for one in located for key, tensor in one.items()}
+        else:
+            stored = _SafetensorsFiles(found.tensors, handles)
         config = read_config(path)
         stack.pop_all()
-    source = Source(path, "hf", tuple(handles.values()), _SafetensorsFiles(found.tensors, handles))
-    return Weights(source, config=config, notes=(found.note,) if found.note else (), is_adapter=is_adapter(names))
+    return Weights(
+        Source(path, "hf", tuple(handles.values()), stored),
+        config=config,
+        notes=(*found.notes, *_skipped(values)),
+        values=values,
+        versions=versions,
+        is_adapter=is_adapter(names),
+    )
 
 
 def open_all(path: str | os.PathLike[str]) -> Source:
@@ -266,7 +286,7 @@ def _torch_file_tensors(
     storages: dict[int, BlockReader] = {}
     stored = {}
     for key, tensor in found.items():
-        if not tensor.is_row_major:
+        if tensor.axes is None:
             raise ConversionError(
                 f"{handle.path}: '{key}' is stored with strides {list(tensor.strides)}: save it again after "
                 ".contiguous()",
@@ -276,6 +296,7 @@ def _torch_file_tensors(
         if reader is None:
             reader = BlockReader(handle, key, tensor.data_offset, tensor.data_nbytes, tensor.crc32)
             storages[tensor.data_offset] = reader
-        stretch = Stretch(Box.whole(tensor.sizes), reader, tensor.storage_offset * itemsize(tensor.dtype))
+        start = tensor.storage_offset * itemsize(tensor.dtype)
+        stretch = Stretch(Box.whole(tensor.sizes), reader, start, () if tensor.is_row_major else tensor.axes)
         stored[key] = TensorStretches(TensorInfo(tensor.dtype, tensor.sizes), (stretch,))
     return stored
