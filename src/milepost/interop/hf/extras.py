@@ -100,7 +100,7 @@ def hf_extras(
         config = without_quantization(parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}"))
         check_config(config, family, args, f"{folder}/{CONFIG_NAME}")
         config = with_dtype(config | {"vocab_size": args.vocab_size}, dtype)
-    weight_map = {}
+    weight_map: Mapping[str, str] = {}
     if INDEX_NAME in assets and max_shard_nbytes is None:
         weight_map = parse_index(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}").weight_map
     return HfExtras(
@@ -133,7 +133,7 @@ def lent_extras(
         if CONFIG_NAME not in assets:
             raise ConversionError(f"{folder} has no {CONFIG_NAME}: without it the model is unknown", path=folder)
         config = parse_object(_read(folder, CONFIG_NAME), f"{folder}/{CONFIG_NAME}")
-    weight_map = {}
+    weight_map: Mapping[str, str] = {}
     if lends_index and INDEX_NAME in assets:
         weight_map = parse_index(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}").weight_map
     return HfExtras(
