@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from tiny_models import KINDS, assert_equal, hf_tensors
 
+import milepost
 from milepost.errors import ConfigError, ConversionError, MilepostError, StorageError
 from milepost.format.box import Slab
 from milepost.format.huggingface import CONFIG_NAME, INDEX_NAME
@@ -105,6 +106,24 @@ def test_a_state_dict_below_a_prefix_in_a_pt_file_is_found(memory_path: Path, hf
     torch.save({"model": weights, "step": 3}, memory_path / "nested.pt")
     convert(memory_path / "nested.pt", memory_path / "back", KIND.options("hf"))
     assert_equal(hf_tensors(hf_folders("llama")), hf_tensors(memory_path / "back"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "other"), [("model", "optimizer"), ("state_dict", "optimizer_states"), ("model", "")]
+)
+def test_of_a_training_checkpoint_in_a_torch_file_the_model_is_taken(memory_path: Path, entry: str, other: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    beside = {other: optimizer.state_dict(), "rng_state": torch.get_rng_state(), "epoch": 3} if other else {}
+    torch.save({entry: model.state_dict(), **beside}, memory_path / "train.pt")
+    report = convert(memory_path / "train.pt", memory_path / "out.pt", ConvertOptions(to="pt", model="hf", verify=True))
+    found = torch.load(memory_path / "out.pt")
+    assert {key.removeprefix("model.") for key in found} == set(model.state_dict())
+    assert any(f"not the model's: {other}, rng_state" in note for note in report.notes) == bool(other)
+    with milepost.open(memory_path / "train.pt") as opened:
+        assert len(opened) == 4 + (13 if other else 0), "it may be looked at as a whole"
 
 
 def test_experts_stacked_by_transformers_5_are_read(memory_path: Path, hf_folders: Callable[[str], Path]):

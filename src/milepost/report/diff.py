@@ -229,7 +229,7 @@ def _is_checkpoint(path: str) -> bool:
 
 def _open(path: str, *, with_values: bool, stack: ExitStack) -> _Side:
     if not _is_checkpoint(path):
-        weights = open_weights(path)
+        weights = open_weights(path, whole=True)
         source = stack.enter_context(weights.source)
         beside: dict[str, int | None] = {key: None for key in weights.values if key not in source.tensors}
         return _Side(

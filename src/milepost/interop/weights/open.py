@@ -45,6 +45,13 @@ _SAVE_ANEW = "load it and save its state_dict() as one file"
 _OTHER_PARTS = tuple(f"{part}." for part in PARTS if part != "model")
 """Key prefixes of a training checkpoint's parts other than the model."""
 
+_MODEL_ENTRIES = ("model.", "state_dict.", "model_state_dict.", "module.")
+_BESIDE_MODEL = re.compile(
+    r"(optim(izer)?s?|(optim(izer)?|(lr_)?scheduler|scaler)_(states?|state_dicts?)|(lr_)?schedulers?|(grad_)?scaler"
+    r"|(\w+_)?rng(_states?)?|callbacks|loops|dataloader|train_state)(\.|$)"
+)
+"""Keys of a training's state in torch files, by the entries that trainers use."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -80,7 +87,7 @@ def open_weights(path: str | os.PathLike[str], *, whole: bool = False) -> Weight
         raise CheckpointNotFoundError(f"{full} does not exist", path=full)
     if not found.is_folder:
         # For a link into the hub's cache, only the link's name shows the format.
-        return _open_file(storage, name, is_safetensors=os.fspath(path).endswith(".safetensors"))
+        return _open_file(storage, name, is_safetensors=os.fspath(path).endswith(".safetensors"), whole=whole)
     names = {entry.name for entry in storage.list(name)}
     has_model = INDEX_NAME in names or SINGLE_NAME in names
     # A last save in Hugging Face's format also has our commit record, which holds the format.
@@ -120,7 +127,7 @@ def refuse_one_of_several(path: str | os.PathLike[str]) -> None:
         raise ConversionError(f"{path} is one of a model's {int(match[1])} files: {do}")
 
 
-def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
+def _open_file(storage: Storage, name: str, *, is_safetensors: bool, whole: bool) -> Weights:
     handle = open_linked(storage, name, anywhere=True)
     values: dict[str, object] = {}
     versions: dict[str, int] = {}
@@ -134,8 +141,21 @@ def _open_file(storage: Storage, name: str, *, is_safetensors: bool) -> Weights:
             stored = _torch_file_tensors(handle, values, versions)
         stack.pop_all()
     kind = "hf" if is_safetensors else "pt"
+    notes = _skipped(values)
+    if not is_safetensors and not whole:
+        model = _model_in(stored)
+        others = sorted({key.partition(".")[0] for key in stored.keys() - model.keys()})
+        notes += (f"left out, as they are not the model's: {', '.join(listed(others))}",) if others else ()
+        stored = model
     source = Source(join_path(storage.root, name), kind, [handle], stored)
-    return Weights(source, notes=_skipped(values), values=values, versions=versions)
+    return Weights(source, notes=notes, values=values, versions=versions)
+
+
+def _model_in(stored: Mapping[str, TensorStretches]) -> Mapping[str, TensorStretches]:
+    """Return the tensors of the model in a torch file, which may hold a training's optimizer and the like beside it."""
+    model = {key: tensor for key, tensor in stored.items() if not _BESIDE_MODEL.match(key)}
+    is_entry = model and any(all(key.startswith(entry) for key in model) for entry in _MODEL_ENTRIES)
+    return model if is_entry else stored
 
 
 def _skipped(values: Mapping[str, object]) -> tuple[str, ...]:
@@ -190,7 +210,7 @@ def open_all(path: str | os.PathLike[str]) -> Source:
     info = catalog.examine(storage, name) if found is not None and found.is_folder else None
     if info is not None and info.is_usable:
         return open_step(storage, name, checkpoint_record.read_manifest(storage, name))
-    return open_weights(path).source
+    return open_weights(path, whole=True).source
 
 
 def open_step(storage: Storage, folder: str, manifest: Manifest) -> Source:
