@@ -210,6 +210,19 @@ def test_assets_with_the_names_of_an_earlier_version_do_not_hinder_an_export(
         convert(memory_path / "less.pt", memory_path / "lost", options)
 
 
+def test_a_cast_is_in_the_configs_of_parts_too(memory_path: Path) -> None:
+    """Programs that read a composite model's text part alone go by its own dtype."""
+    (memory_path / "source").mkdir()
+    safetensors.torch.save_file({"a": torch.ones(2)}, memory_path / "source/model.safetensors")
+    parts = {"text_config": {"dtype": "float32", "vision_config": {"torch_dtype": "float32"}}, "audio_config": {"n": 1}}
+    config = {"model_type": "made up", "architectures": ["X"], "dtype": "float32", **parts}
+    (memory_path / "source/config.json").write_text(json.dumps(config))
+    convert(memory_path / "source", memory_path / "out", ConvertOptions(to="hf", model="hf", dtype="bfloat16"))
+    found = json.loads((memory_path / "out/config.json").read_text())
+    assert (found["dtype"], found["text_config"]["dtype"], found["audio_config"]) == ("bfloat16", "bfloat16", {"n": 1})
+    assert found["text_config"]["vision_config"] == {"torch_dtype": "bfloat16"}
+
+
 def test_names_in_files_are_the_models_own(memory_path: Path) -> None:
     """Also those that look like a wrapper's, as of Levit."""
     (memory_path / "source").mkdir()

@@ -129,7 +129,7 @@ def _open(path: str) -> _Shown:
         record = checkpoint_record.read_record(storage, name)
         manifest = described(storage, name, record.manifest)
         return _Shown(storage, name, info.state, info.reason, manifest, needs_locating=not record.is_own)
-    if info is not None and is_hf_folder([entry.name for entry in storage.list(name)]):
+    if info is not None and is_hf_folder([entry.name for entry in storage.list(name) if not entry.is_folder]):
         manifest = manifest_of(storage, name)
         what = "PEFT adapter" if manifest.kind == "adapter" else "Hugging Face folder"
         return _Shown(storage, name, what + _family_text(path), "", manifest)

@@ -41,7 +41,7 @@ def _no_run(storage: Storage, name: str, path: str, found: Entry | None) -> Chec
         if not name.endswith(WEIGHTS_SUFFIXES):
             return CheckpointNotFoundError(f"{path} is a file, not the folder of a run", path=path)
         what = "a file of weights"
-    elif is_hf_folder(names := [entry.name for entry in storage.list(name)]):
+    elif is_hf_folder(names := [entry.name for entry in storage.list(name) if not entry.is_folder]):
         what = "a PEFT adapter" if is_adapter(names) else "a Hugging Face folder"
     elif (info := catalog.examine(storage, name)) is not None and info.state != "incomplete":
         run = join_path(storage.root, split(name)[0]) if split(name)[0] else storage.root

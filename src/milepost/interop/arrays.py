@@ -126,8 +126,9 @@ def _whole_number(part: Any) -> int:
             return operator.index(part)
     except TypeError:
         pass
+    shown = " ".join(f"{part!r:.200}".split())
     raise IndexError(
-        f"only integers, slices, '...' and None select elements of a stored tensor, not {part!r:.100}: read what holds "
+        f"only integers, slices, '...' and None select elements of a stored tensor, not {shown:.100}: read what holds "
         "them, and select of the array"
     )
 

@@ -183,9 +183,14 @@ def make_config(family: str, args: ModelArgs, dtype: str) -> dict[str, Any]:
     return config
 
 
-def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return ``config`` for weights of another dtype, with all dtype keys changed."""
+def with_dtype(config: Mapping[str, Any], dtype: str, *, with_parts: bool = False) -> dict[str, Any]:
+    """Return ``config`` for weights of another dtype; ``with_parts``: the configs of a composite model's parts too."""
     changed = dict(config)
+    parts = [name for name, value in config.items() if name.endswith("_config") and isinstance(value, Mapping)]
+    for name in parts if with_parts else ():
+        own = config[name]
+        if {"dtype", "torch_dtype"} & own.keys():
+            changed[name] = with_dtype(own, dtype, with_parts=True)
     for name in ("dtype", "torch_dtype"):
         if name in changed:
             changed[name] = dtype

@@ -137,7 +137,7 @@ def lent_extras(
     if lends_index and INDEX_NAME in assets:
         weight_map = parse_index(_read(folder, INDEX_NAME), f"{folder}/{INDEX_NAME}").weight_map
     return HfExtras(
-        config=config if dtype is None else with_dtype(config, dtype),
+        config=config if dtype is None else with_dtype(config, dtype, with_parts=True),
         folder=folder,
         assets=[name for name in assets if name not in _LIMITS],
         weight_map=weight_map,
