@@ -278,7 +278,8 @@ class TrainingState:
 
 def _kind(stateful: Any) -> str:
     kind = type(stateful)
-    return kind.__qualname__ if kind.__module__.startswith("torch.optim.") else ""
+    # Some are in the package itself (Muon, Adafactor), others in modules of it.
+    return kind.__qualname__ if f"{kind.__module__}.".startswith("torch.optim.") else ""
 
 
 def has_part(stored: Stored, part: str) -> bool:
