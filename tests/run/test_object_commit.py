@@ -30,6 +30,7 @@ from milepost.storage.retry import Retry
 from milepost.testing.faulty_client import CLIENT_FAULTS, ClientFault, FaultyClient, Killed
 from milepost.testing.sample import save_arrays
 from milepost.verification.external import locate_manifest
+from milepost.verification.verify import verify_in
 
 Tally = Callable[..., None]
 Arrays = Mapping[str, npt.NDArray[np.float32]]
@@ -285,6 +286,24 @@ def test_a_step_that_is_pinned_while_it_is_deleted_stays_or_the_pin_is_refused(t
         assert said == ["refused"] or not is_deleted, (client.requests, number)
         outcomes.add((is_deleted, *said))
     assert outcomes >= {(True, "refused"), (False, "pinned")}
+
+
+def test_a_step_whose_saver_died_before_metadata_is_no_damaged_one() -> None:
+    storage = storage_on(obstore.store.MemoryStore())
+    save(storage, OLD)
+    old = storage.read(f"{TARGET}/{METADATA_NAME}")
+    save(storage, NEW)
+    for found in (None, old):  # between the two acts of a first save, and of a later one
+        storage.remove(f"{TARGET}/{METADATA_NAME}")
+        if found is not None:
+            storage.write(f"{TARGET}/{METADATA_NAME}", found)
+        report = verify_in(storage, TARGET)
+        assert report.is_sound
+        assert "other programs can't open it yet" in report.notes[-1]
+    storage.replace(f"{TARGET}/{METADATA_NAME}", b"of nobody")
+    assert [str(problem) for problem in verify_in(storage, TARGET).problems] == [
+        ".metadata: it belongs to another save than milepost.json"
+    ]
 
 
 class InterruptedClient(FaultyClient):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -190,14 +191,30 @@ def _check_metadata(storage: Storage, path: str, record: CommitRecord, findings:
 
 
 def _check_alias(storage: Storage, path: str, name: str, content: bytes, findings: Findings) -> None:
-    """Check the copy of ``.metadata`` through which stock DCP finds a checkpoint in an object store."""
+    """Check the copy of ``.metadata`` through which stock DCP finds a checkpoint in an object store.
+
+    It follows the commit: that it is not there yet, or still the previous save's, is no damage.
+    """
     if name == METADATA_NAME:
         return
     try:
-        if storage.read(join(path, METADATA_NAME)) != content:
-            findings.add(Problem("it belongs to another save than milepost.json", METADATA_NAME))
+        found = storage.read(join(path, METADATA_NAME))
+        if found == content:
+            return
+        saved = [entry.name for entry in storage.list(path) if untagged(entry.name) == METADATA_NAME]
+        is_replaced = any(storage.read(join(path, other)) == found for other in saved if tag_of(other))
     except StorageError as error:
-        findings.add(Problem(error.message, METADATA_NAME))
+        if error.errno != errno.ENOENT:
+            findings.add(Problem(error.message, METADATA_NAME))
+            return
+        is_replaced = True
+    if is_replaced:
+        findings.notes.append(
+            f"other programs can't open it yet: {METADATA_NAME} is missing, or still the replaced save's. The run that "
+            "saves there writes it, or if that died, its next start or `milepost prune`"
+        )
+    else:
+        findings.add(Problem("it belongs to another save than milepost.json", METADATA_NAME))
 
 
 def _check_agreement(data: bytes, manifest: Manifest, findings: Findings) -> None:

@@ -24,6 +24,8 @@ class Findings:
     def __init__(self, progress: Progress | None = None, *, total_nbytes: int = 0):
         self.problems: list[Problem] = []
         self.num_problems = 0
+        self.notes: list[str] = []
+        """Oddities that are no problems."""
         self.read_nbytes = 0
         self.unchecked_nbytes = 0
         self.total_nbytes = total_nbytes

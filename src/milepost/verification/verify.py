@@ -198,7 +198,12 @@ def _verify_checkpoint(
         path=f"{storage.root}/{path}",
         state=info.state,
         level=level,
-        notes=(*notes, *_shared(storage, path, findings), *_consider_mark(storage, info, level, findings)),
+        notes=(
+            *notes,
+            *findings.notes,
+            *_shared(storage, path, findings),
+            *_consider_mark(storage, info, level, findings),
+        ),
         problems=findings.merged(),
         num_problems=findings.num_problems,
         num_items=num_items,
