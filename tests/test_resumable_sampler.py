@@ -134,6 +134,23 @@ def test_another_data_set_or_seed_is_refused() -> None:
         ResumableSampler(SAMPLES + 1, batch_size=1, seed=4).load_state_dict(state)
 
 
+def test_another_seed_is_refused_before_the_weights_are_loaded(memory_path: Path) -> None:
+    def manager(seed: int) -> CheckpointManager:
+        sampler = ResumableSampler(SAMPLES, batch_size=1, seed=seed)
+        torch.manual_seed(seed)
+        return CheckpointManager(memory_path, CheckpointConfig(interval=1), model=model(seed), dataloader=sampler)
+
+    def model(seed: int) -> torch.nn.Module:
+        return models.setdefault(seed, torch.nn.Linear(2, 2))
+
+    models: dict[int, torch.nn.Module] = {}
+    with manager(3) as saving:
+        saving.save(1)
+    with manager(4) as loading, pytest.raises(StateMismatchError, match="seed was 3 and is 4"):
+        loading.load()
+    assert not torch.equal(models[4].weight, models[3].weight)
+
+
 def test_numbers_out_of_range_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         ResumableSampler(0, batch_size=0, rank=3, world_size=2)

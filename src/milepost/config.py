@@ -67,6 +67,9 @@ class CheckpointConfig:
     """Load only the model from ``initial_load_path``, not the optimizer and the rest."""
     initial_load_in_hf: bool = False
     """``initial_load_path`` (or the model's ``hf_assets_path``) holds Hugging Face files of weights."""
+    initial_load_in_hf_quantized: bool = False
+    """These weights are quantized. Block-wise fp8 and MXFP4 weights are recognized and dequantized without this
+    option, too."""
     last_save_model_only: bool = True
     """The save at the last step holds only the model."""
     last_save_in_hf: bool = False
@@ -187,11 +190,14 @@ class CheckpointConfig:
                 found.append(f"checkpoint.{name} must be {expected}, not {shown}")
         for name in self.exclude_from_loading:
             if name not in PARTS and (not name or not is_pattern(name)):
+                meant = near(name, PARTS)
                 found.append(
-                    f"checkpoint.exclude_from_loading: there is no part '{name}'; parts are {', '.join(PARTS)}"
-                    " (of keys, write the whole key or a glob, such as head.*)"
+                    f"checkpoint.exclude_from_loading: there is no part '{name}'"
+                    + (f" (did you mean {meant}?)" if meant else "")
+                    + f"; parts are {', '.join(PARTS)} (of keys, write the whole key or a glob, such as head.*; of an "
+                    f"object among `states`, states.{name or 'NAME'}.*)"
                 )
-        if not self.folder:
+        if not self.folder.strip():
             found.append("checkpoint.folder must not be empty")
         return found + self._contradictions()
 
@@ -219,22 +225,25 @@ class CheckpointConfig:
             found.append("checkpoint.load_only and checkpoint.create_seed_checkpoint contradict each other")
         if self.only_trainable and self.create_seed_checkpoint:
             found.append("checkpoint.only_trainable and checkpoint.create_seed_checkpoint contradict each other")
-        if self.create_seed_checkpoint and not self.enable:
-            found.append("checkpoint.create_seed_checkpoint needs checkpoint.enable")
         if self.export_dtype not in (None, "float32") and not (self.last_save_model_only or self.hf_interval):
             found.append(
                 f"checkpoint.export_dtype = {self.export_dtype} needs checkpoint.last_save_model_only or "
                 "checkpoint.hf_interval: "
                 "a full checkpoint must keep its dtypes to be resumed from"
             )
-        if self.initial_load_in_hf and not self.initial_load_model_only:
-            found.append(
-                "checkpoint.initial_load_in_hf needs checkpoint.initial_load_model_only: safetensors hold the model"
-            )
-        if self.last_save_in_hf and not self.last_save_model_only:
-            found.append("checkpoint.last_save_in_hf needs checkpoint.last_save_model_only: safetensors hold the model")
+        for name, needed, reason in _NEEDS:
+            if getattr(self, name) and not getattr(self, needed):
+                found.append(f"checkpoint.{name} needs checkpoint.{needed}{reason}")
         return found
 
+
+_NEEDS = (
+    ("create_seed_checkpoint", "enable", ""),
+    ("initial_load_in_hf_quantized", "initial_load_in_hf", ""),
+    ("initial_load_in_hf", "initial_load_model_only", ": safetensors hold the model"),
+    ("last_save_in_hf", "last_save_model_only", ": safetensors hold the model"),
+)
+"""Options that are refused without another one, and the reason."""
 
 _DISABLED, _KEEP_ALL = (0, "0 (disabled) or more"), (0, "0 (keep all) or more")
 _LEAST: dict[str, tuple[int, str]] = {
@@ -307,7 +316,13 @@ def _expected(value: object, kinds: list[Any], words: list[str]) -> str:
     text = " or ".join([*(names[kind] for kind in kinds if kind is not type(None)), *words])
     if tuple in kinds and isinstance(value, str):
         return f'{text}, such as ["{value}"]'
+    hint = meant_word(value, words)
+    return f'{text} (did you mean "{hint}"?)' if hint else text
+
+
+def meant_word(value: object, words: list[str]) -> str | None:
+    """Return the one of ``words`` that ``value`` may stand for: by a short name, upper case or a misspelling."""
     known = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
-    meant = str(value).removeprefix("torch.").lower()
+    meant = str(value)[:100].removeprefix("torch.").lower().replace("-", "_")
     hint = known.get(meant, meant if meant in words else near(meant, words))
-    return f'{text} (did you mean "{hint}"?)' if words and hint in words else text
+    return hint if hint in words else None

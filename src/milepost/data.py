@@ -194,8 +194,8 @@ class ResumableSampler:
             "seed": self.order.seed,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``, on any number of ranks. Call it before :meth:`batches`.
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse a ``state`` that :meth:`load_state_dict` would refuse. A load calls it before it changes anything.
 
         Raises:
             StateMismatchError: the number of samples or the seed differs.
@@ -213,7 +213,15 @@ class ResumableSampler:
                 f"the checkpoint was trained on other data, so the samples seen are unknown: {'; '.join(changes)}",
                 mismatched=changes,
             )
-        self.samples_consumed = int(consumed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``, on any number of ranks. Call it before :meth:`batches`.
+
+        Raises:
+            StateMismatchError: the number of samples or the seed differs.
+        """
+        self.check_state_dict(state)
+        self.samples_consumed = int(state["samples_consumed"])
         self._turn += bool(self._turn)  # what was begun before is at another place
         self._drawn_at = None
 

@@ -302,6 +302,10 @@ def one_comes_late(folder: Path) -> list[str]:
     if torch.distributed.get_rank() == 1:
         time.sleep(1)
     milepost.load(folder / "late-1")
+    with CheckpointManager(folder / "run", CheckpointConfig(interval=1), model=torch.nn.Linear(1, 1)) as manager:
+        if torch.distributed.get_rank() == 1:
+            time.sleep(1)
+        manager.save(1)  # the first, and nothing was loaded before
     return [line for line in said if "waiting for rank" in line]
 
 
@@ -317,5 +321,6 @@ def test_a_rank_that_does_not_call_save_is_named(memory_path: Path, monkeypatch:
     first, second = run_world(one_comes_late, 2, memory_path, timeout_s=60)
     assert "late-1: waiting for rank 1 " in first[0]
     assert "late-0: waiting for rank 0 " in second[0]
-    assert any(line.startswith("loading ") and "waiting for rank 1" in line for line in first)
+    for act in ("loading ", "saving step 1: "):
+        assert any(line.startswith(act) and "waiting for rank 1" in line for line in first)
     assert "if rank == 0" in first[0]

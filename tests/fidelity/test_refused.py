@@ -24,6 +24,7 @@ from milepost import (
     MilepostError,
     PartlyLoadedError,
     SaveError,
+    StateMismatchError,
 )
 from milepost.run import checkpoint_record
 from milepost.storage import LocalStorage
@@ -140,6 +141,37 @@ def test_nothing_is_changed_by_load(memory_path: Path) -> None:
             milepost.load(memory_path / "step-1", into)
         assert run.digest() == before
         assert into == kept
+
+
+class Checking(Counter):
+    """A loader that looks at its state before anything is loaded."""
+
+    def __init__(self, error: Exception | None = None):
+        super().__init__()
+        self.error = error
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["step"] == 3
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [StateMismatchError("of other data"), RuntimeError("of other data")])
+def test_an_object_may_refuse_its_state_before_anything_is_changed(memory_path: Path, error: Exception) -> None:
+    with Run(0, steps=3).manager(memory_path / "run") as manager:
+        manager.save(1)
+    run = Run(1, steps=1)
+    run.parts["dataloader"] = refusing = Checking(error)
+    before = run.digest()
+    with run.manager(memory_path / "run") as manager:
+        with pytest.raises(StateMismatchError, match="of other data"):
+            manager.load()
+        assert run.digest() == before
+        refusing.error = None
+        manager.load()
+    assert run.parts["dataloader"].state["step"] == 3
+    with pytest.raises(StateMismatchError, match="of other data"):
+        milepost.load(memory_path / "run" / "step-1", {"dataloader": Checking(error)}, allow_unexpected=["*"])
 
 
 class Refusing(Counter):

@@ -69,6 +69,18 @@ def test_a_run_ends_in_what_save_pretrained_writes_and_starts_from_it(memory_pat
     report = start(memory_path / "next", fresh, step)
     assert (report.missing, report.unexpected, report.cast) == ((), (), ())
     assert_equal(dict(fresh.state_dict()), dict(model.state_dict()))
+    # A step's own record says that it is in this format.
+    fresh = other(model)
+    config = CheckpointConfig(initial_load_path=str(step))
+    with CheckpointManager(memory_path / "another", config, model=fresh, hf=HfModel.of(fresh)) as manager:
+        assert manager.load() is not None
+    assert_equal(dict(fresh.state_dict()), dict(model.state_dict()))
+    plain = torch.nn.Linear(2, 2)
+    with (
+        CheckpointManager(memory_path / "plain", config, model=plain) as manager,
+        pytest.raises(ConfigError, match="holds Hugging Face files: give CheckpointManager `hf`"),
+    ):
+        manager.load()
 
 
 def test_a_cast_is_in_the_config_too(memory_path: Path) -> None:

@@ -24,6 +24,7 @@ interval = 500
 initial_load_path = ""
 initial_load_model_only = true
 initial_load_in_hf = false
+initial_load_in_hf_quantized = false
 last_save_model_only = true
 last_save_in_hf = false
 export_dtype = "float32"
@@ -70,6 +71,15 @@ def test_booleans_are_switches_and_hyphens_are_underscores():
     )
     assert (config.checkpoint.enable, config.checkpoint.load_only) == (False, True)
     assert (config.training.seq_len, config.metrics.enable_tensorboard) == (32, True)
+
+
+def test_a_switch_takes_true_or_false_as_its_next_word_too():
+    config = load("", "--checkpoint.enable", "true", "--checkpoint.load_only", "False", "--training.seed", "3")
+    assert (config.checkpoint.enable, config.checkpoint.load_only, config.training.seed) == (True, False, 3)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark():
+    assert load("\ufeff[checkpoint]\nenable = true\n").checkpoint.enable
 
 
 @pytest.mark.parametrize(
@@ -149,8 +159,41 @@ WRONG = [
     (
         '[checkpoint]\nenable = true\nasync_mode = "asink"',
         [],
-        'run.toml:3: checkpoint.async_mode must be one of disabled, async, async_with_pinned_mem, not "asink"',
+        'run.toml:3: checkpoint.async_mode must be one of disabled, async, async_with_pinned_mem, not "asink"; '
+        "did you mean async?",
     ),
+    (
+        "",
+        ["--checkpoint.enable", "--checkpoint.export_dtype", "bf16"],
+        "--checkpoint.export_dtype: checkpoint.export_dtype must be one of float32, bfloat16, float16, not "
+        '"bf16"; did you mean bfloat16?',
+    ),
+    (
+        "",
+        ["--checkpoint.enable", "--checkpoint.exclude_from_loading", "optimizer", "lr_scheduler"],
+        "lr_scheduler: a list has commas and no spaces, as in --checkpoint.exclude_from_loading one,two",
+    ),
+    ("[model]\n\n[model.more]", [], "run.toml:3: there is no option model.more; --help lists all"),
+    (
+        "[job]\n[quantize.linear]",
+        [],
+        "run.toml:2: there is no section [quantize]; sections are job, model, training, parallelism, optimizer, "
+        "lr_scheduler, activation_checkpoint, metrics, checkpoint",
+    ),
+    # of other releases of torchtitan
+    (
+        "[checkpoint]\nenable_checkpoint = true",
+        [],
+        "run.toml:2: there is no option checkpoint.enable_checkpoint; did you mean checkpoint.enable?",
+    ),
+    (
+        "",
+        ["--checkpoint.enable", "--checkpoint.last_save_in_safetensors_format"],
+        "--checkpoint.last_save_in_safetensors_format: there is no such option; did you mean "
+        "--checkpoint.last_save_in_hf?",
+    ),
+    ("[model]\nconverters = []", [], "run.toml:2: there is no option model.converters; --help lists all"),
+    ("", ["--module", "llama3"], "--module: there is no such option; did you mean --model.name?"),
     ("", ["--optimizer.lr", "fast"], '--optimizer.lr: optimizer.lr must be a number, not "fast"'),
     (
         "",
@@ -211,11 +254,16 @@ WRONG = [
     (
         "",
         ["--checkpoint.enable", "--checkpoint.exclude_from_loading", "optimiser"],
-        "--checkpoint.exclude_from_loading: checkpoint.exclude_from_loading: there is no part 'optimiser'; parts are "
-        "model, optimizer, lr_scheduler, dataloader, train_state, states, rng, attached (of keys, write the whole key "
-        "or a glob, such as head.*)",
+        "--checkpoint.exclude_from_loading: checkpoint.exclude_from_loading: there is no part 'optimiser' (did you "
+        "mean optimizer?); parts are model, optimizer, lr_scheduler, dataloader, train_state, states, rng, attached "
+        "(of keys, write the whole key or a glob, such as head.*; of an object among `states`, states.optimiser.*)",
     ),
     # combinations
+    (
+        "[checkpoint]\nenable = true\ninitial_load_in_hf_quantized = true",
+        [],
+        "run.toml:3: checkpoint.initial_load_in_hf_quantized needs checkpoint.initial_load_in_hf",
+    ),
     (
         "[training]\nlocal_batch_size = 8\nglobal_batch_size = 12",
         [],

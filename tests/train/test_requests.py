@@ -74,6 +74,21 @@ def test_a_file_asks_once_and_ends_the_run_well(memory_path: Path, capfd: pytest
     assert sorted(memory_path.rglob("*.distcp")) == before  # nothing was replaced
 
 
+def test_a_resume_with_other_data_is_refused_before_anything_is_loaded_and_so_is_one_without_steps_to_train(
+    memory_path: Path,
+) -> None:
+    flags = ["--training.seq_len=16", "--training.local_batch_size=1", "--checkpoint.enable", "--checkpoint.interval=2"]
+    flags += [f"--job.dump_folder={memory_path}"]
+    assert run_world(_train, 1, load_config([*flags, "--training.steps=3"], 1), {}) == [0]
+    other = load_config([*flags, "--training.steps=5", "--training.seq_len=32"], 1)
+    with pytest.raises(WorldError, match=r"StateMismatchError: .*seq_len was 16 and is 32.*exclude_from_loading"):
+        run_world(_train, 1, other, {})
+    start = [f"--checkpoint.initial_load_path={memory_path}/checkpoint/step-2", "--checkpoint.folder=other"]
+    start += ["--checkpoint.no_initial_load_model_only", "--training.steps=2"]
+    with pytest.raises(WorldError, match=r"ConfigError: training.steps is 2, but in .*step-2 2 steps are done already"):
+        run_world(_train, 1, load_config([*flags, *start], 1), {})
+
+
 def test_options_tokenizer_and_revision_travel_with_each_step(
     memory_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

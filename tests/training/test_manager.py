@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from sample_run import Run, assert_same, damage, states_in, steps_in
 from torch import nn
 
-from milepost.errors import CheckpointNotFoundError, MilepostError, SaveError, StateMismatchError
+from milepost.errors import CheckpointNotFoundError, ConfigError, MilepostError, SaveError, StateMismatchError
 from milepost.run import catalog, checkpoint_record, marks
 from milepost.storage import LocalStorage
 
@@ -111,6 +111,34 @@ def test_load_step_that_holds_only_the_model(folder: Path) -> None:
         folder, load_step=3, exclude_from_loading=("optimizer", "lr_scheduler", "data_loader", "train_state", "rng")
     ).load()
     assert report.step == 3
+
+
+def test_excluding_everything_is_refused_with_what_to_do_instead(folder: Path, tmp_path: Path) -> None:
+    Run(folder).train(2)
+    parts = ("model", "optimizer", "lr_scheduler", "data_loader", "train_state", "rng")
+    with pytest.raises(ConfigError, match=r"leaves nothing to load from .*step-2: to start a new run, choose another"):
+        Run(folder, exclude_from_loading=parts).manager.load()
+    start = {"initial_load_path": str(folder / "step-2"), "exclude_from_loading": ("model",)}
+    with pytest.raises(ConfigError, match=r"leaves nothing to load .* leave checkpoint.initial_load_path empty"):
+        Run(tmp_path / "other", **start).manager.load()
+
+
+def test_steps_that_are_counted_anew_are_not_called_model_only(folder: Path) -> None:
+    run = Run(folder, interval=1)
+    for step in (5, 6, 3):
+        run.manager.save(step)
+    report = Run(folder).load()
+    assert report.step == 3
+    assert not [note for note in report.notes if "newer" in note]
+
+
+def test_a_model_that_is_changed_after_its_optimizer_was_made_is_named_as_the_cause(folder: Path) -> None:
+    run = Run(folder, interval=1)
+    run.manager.save(1)
+    run.model[0] = nn.Linear(5, 8)  # as wrapping for FSDP does with the parameters
+    for act in (lambda: run.manager.save(2), run.manager.load):
+        with pytest.raises(ConfigError, match=r"AdamW steps 2 parameters that are not in the model .*\[8, 5\].* then"):
+            act()
 
 
 def test_only_model_only_steps_are_no_start(folder: Path) -> None:

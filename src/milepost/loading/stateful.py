@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from milepost.errors import MilepostError, StateMismatchError
 from milepost.loading.parts import want_node, want_parts
 from milepost.loading.target import Target, fresh_like, is_place_for, item
 from milepost.tensors.layout import torch_dtype
@@ -79,14 +80,43 @@ class StatefulOwner:
                 target.want(key, fresh_like(like, dtype=torch_dtype(entry.dtype)), live=False)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Accept anything: the object itself decides if it fits."""
+        """Let the object refuse its state, if it has a method for that: nothing is changed yet."""
+        if self._node is not None and has_check(self._stateful):
+            check_state(self._stateful, self._state(self._node, values), self._path)
 
     def restore(self, values: Mapping[str, Any]) -> None:
         if self._node is not None:
-            state = rebuild(self._node, values)
-            if self._excludes:
-                _fill_excluded(state, self._stateful.state_dict(), self._path, self._is_excluded)
-            self._stateful.load_state_dict(state)
+            self._stateful.load_state_dict(self._state(self._node, values))
+
+    def _state(self, node: Node, values: Mapping[str, Any]) -> Any:
+        state = rebuild(node, values)
+        if self._excludes:
+            _fill_excluded(state, self._stateful.state_dict(), self._path, self._is_excluded)
+        return state
+
+
+def has_check(stateful: Any) -> bool:
+    """Return whether an object wants to see its state before anything is loaded."""
+    return callable(getattr(stateful, "check_state_dict", None))
+
+
+def check_state(stateful: Any, state: Any, path: Sequence[Any]) -> None:
+    """Call the object's ``check_state_dict(state)``.
+
+    Raises:
+        MilepostError: as it was raised; a StateMismatchError for an error of any other kind.
+    """
+    try:
+        stateful.check_state_dict(state)
+    except MilepostError:
+        raise
+    except Exception as error:
+        part = ".".join(map(str, path))
+        raise StateMismatchError(
+            f"{part}: {type(stateful).__name__}.check_state_dict() raised {type(error).__name__}: {error}. Nothing was "
+            f"changed. To leave the part as initialized, set checkpoint.exclude_from_loading = {path[0]}",
+            mismatched=[part],
+        ) from error
 
 
 def _fill_excluded(state: Any, own: Any, path: Sequence[Any], is_excluded: Callable[[str], bool]) -> None:

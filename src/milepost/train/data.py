@@ -79,8 +79,8 @@ class DataLoader:
     def state_dict(self) -> dict[str, Any]:
         return {"samples_consumed": self.samples_consumed, "fingerprint": asdict(self.fingerprint)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``.
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of other data. A load calls it before it changes anything.
 
         Raises:
             StateMismatchError: data set, tokenizer, sequence length or seed differ (the message names them), or the
@@ -103,4 +103,8 @@ class DataLoader:
                 + ". Restore these, or restart the data with --checkpoint.exclude_from_loading dataloader",
                 mismatched=changes,
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``. Raises like :meth:`check_state_dict`."""
+        self.check_state_dict(state)
         self.samples_consumed = int(state["samples_consumed"])

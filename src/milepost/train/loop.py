@@ -225,6 +225,7 @@ class Trainer:
     def _resume(self) -> None:
         report = self.checkpoints.load()
         self._refuse_to_count_again(report)
+        self._refuse_to_train_nothing(report)
         self.lr_schedule.apply()  # replaces the learning rate that was loaded with the optimizer
         if report is not None:
             log.info(_what_was_loaded(report, self.state.step))
@@ -247,6 +248,20 @@ class Trainer:
             f"step-{resumed}: saves would replace steps of the same numbers. To start a new run from that step, set "
             f"checkpoint.initial_load_path = {report.path}, checkpoint.initial_load_model_only = false, and another "
             "job.dump_folder or checkpoint.folder"
+        )
+
+    def _refuse_to_train_nothing(self, report: LoadReport | None) -> None:
+        """Refuse a state in which all steps are done already: the run would end without a checkpoint of its own."""
+        if report is None or self.state.step < self.config.training.steps:
+            return
+        raise ConfigError(
+            f"training.steps is {self.config.training.steps}, but in {report.path} {_steps(self.state.step)} done "
+            "already: raise training.steps"
+            + (
+                ""
+                if report.resumed_step is not None
+                else ", or start from the weights alone, with step 0, by checkpoint.initial_load_model_only = true"
+            )
         )
 
     def _is_finished(self) -> bool:
@@ -274,8 +289,9 @@ class Trainer:
     def _say_what_has_no_effect(self) -> None:
         checkpoint = self.config.checkpoint
         changed = [f.name for f in fields(checkpoint) if getattr(checkpoint, f.name) != getattr(_UNCHANGED, f.name)]
+        verb = "has" if len(changed) == 1 else "have"
         if not checkpoint.enable and changed:
-            log.warning(f"checkpointing is off (checkpoint.enable = false), so {', '.join(changed)} have no effect")
+            log.warning(f"checkpointing is off (checkpoint.enable = false), so {', '.join(changed)} {verb} no effect")
 
     # Setting up.
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, cast
 
+from milepost.config import meant_word
 from milepost.errors import ConfigError, near
 from milepost.storage import expanded
 from milepost.train.checks import find_problems
@@ -48,7 +49,8 @@ class Settings:
             self.values[option] = read(value, OPTIONS[option])
         except ValueError as error:
             self.refused.add(option)
-            self.problems.append(f"{origin}: {option} must be {error}, not {_shown(value)}")
+            hint = _meant(value, OPTIONS[option])
+            self.problems.append(f"{origin}: {option} must be {error}, not {_shown(value)}{hint}")
 
     def update(self, other: Settings) -> None:
         """Override these settings with those of ``other``."""
@@ -138,16 +140,17 @@ def read_flags(argv: Sequence[str]) -> Settings:
     Hyphens and underscores are equivalent in a name. The last setting of an option wins.
     """
     settings = Settings()
-    args = list(argv)
+    args, before = list(argv), ""
     while args:
         flag, equals, text = args.pop(0).partition("=")
         option = flag.removeprefix("--").replace("-", "_")
         negated = option.replace(".no_", ".", 1)
         has_value = bool(equals) or (bool(args) and not args[0].startswith("--"))
         if not flag.startswith("--"):
-            settings.problems.append(f"{flag}: an option's name begins with --, as in --training.steps 100")
+            settings.problems.append(_no_option(flag, before))
         elif OPTIONS.get(option) is bool:
-            settings.set(option, text if equals else "true", flag, read=from_flag)
+            is_next = not equals and bool(args) and args[0].lower() in ("true", "false")
+            settings.set(option, text if equals else args.pop(0) if is_next else "true", flag, read=from_flag)
         elif OPTIONS.get(negated) is bool and not equals:
             settings.set(negated, "false", flag, read=from_flag)
         elif option not in OPTIONS:
@@ -159,14 +162,22 @@ def read_flags(argv: Sequence[str]) -> Settings:
         else:
             settings.refused.add(option)
             settings.problems.append(f"{flag}: needs a value, {describe(OPTIONS[option])}")
+        before = option
     return settings
+
+
+def _no_option(word: str, before: str) -> str:
+    """Return the problem of a word without hyphens; ``before`` is the option before it."""
+    if before in OPTIONS and describe(OPTIONS[before]) == "a list of names":
+        return f"{word}: a list has commas and no spaces, as in --{before} one,two"
+    return f"{word}: an option's name begins with --, as in --training.steps 100"
 
 
 def read_toml(path: Path) -> Settings:
     """Read a TOML file of ``[section]`` tables."""
     settings = Settings()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark at the beginning
         tables = tomllib.loads(text)
     except OSError as error:
         found = near(path.name, [p.name for p in path.parent.glob("*.toml")])
@@ -210,6 +221,7 @@ def _line_numbers(text: str) -> dict[str, int]:
         if header := re.match(r"\s*\[\s*([\w.\"'-]+)\s*\]", line):
             section = header[1].strip("\"'")
             lines.setdefault(section, number)
+            lines.setdefault(section.partition(".")[0], number)
         elif key := re.match(r"\s*([\w.\"'-]+)\s*=", line):
             name = key[1].replace('"', "").replace("'", "")
             lines.setdefault(f"{section}.{name}" if section else name, number)
@@ -230,11 +242,37 @@ PATHS = (
 """Options in which ``~`` and ``$VARIABLE`` are expanded: a shell does not do so in a file or after ``=``."""
 
 
+OTHER_NAMES = {
+    "checkpoint.enable_checkpoint": "checkpoint.enable",
+    "checkpoint.model_weights_only": "checkpoint.last_save_model_only",
+    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
+    "checkpoint.last_save_in_safetensors_format": "checkpoint.last_save_in_hf",
+    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
+    "checkpoint.interval_type": "checkpoint.interval",
+    "model.tokenizer_path": "model.hf_assets_path",
+    "training.batch_size": "training.local_batch_size",
+    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
+    "config": "job.config_file",
+    "module": "model.name",
+}
+"""Names of other releases of torchtitan, and the option that stands for them here; for suggestions."""
+
+
 def _did_you_mean(option: str, prefix: str) -> str:
     key = option.rpartition(".")[2]
     elsewhere = next((name for name in OPTIONS if name.rpartition(".")[2] == key), None)
-    found = elsewhere or near(option, OPTIONS)
+    found = OTHER_NAMES.get(option) or elsewhere or _nearest(option)
     return f"; did you mean {prefix}{found}?" if found else "; --help lists all"
+
+
+def _nearest(option: str) -> str | None:
+    """Return the option nearest to an unknown one: of its section, if that exists, else of all."""
+    section, _, key = option.partition(".")
+    if section not in SECTIONS:
+        return near(option, OPTIONS)
+    keys = [name.partition(".")[2] for name in OPTIONS if name.startswith(f"{section}.")]
+    found = near(key, keys) or near(key.removeprefix("no_"), keys)
+    return f"{section}.{found}" if found else None
 
 
 def from_flag(text: str, hint: Any) -> object:
@@ -274,6 +312,13 @@ def _checked(value: object, hint: Any) -> Any:
     if isinstance(value, int) and value.bit_length() > 63:
         raise ValueError(f"{describe(hint)} of at most 63 bits")
     return value
+
+
+def _meant(value: object, hint: Any) -> str:
+    """Suggest the word that a rejected ``value`` may stand for."""
+    words = [choice for choice in _choices(hint) if isinstance(choice, str)]
+    found = meant_word(value, words)
+    return f"; did you mean {found}?" if found else ""
 
 
 def _choices(hint: Any) -> list[Any]:

@@ -258,10 +258,12 @@ def _passed_over(entries: Sequence[StepEntry], history: History, chosen: StepEnt
             continue
         if entry.state == "damaged":
             notes.append(f"step {entry.step} is newer but damaged: {entry.reason}")
+        elif entry.is_resumable:
+            continue  # saved before the chosen step, by a run that has counted its steps anew
         elif entry.is_usable:
             notes.append(f"step {entry.step} is newer but holds only the model: resuming from step {chosen.step}")
         else:
-            notes.append(f"step {entry.step} is newer but was never committed: {entry.reason}")
+            notes.append(f"step {entry.step} is newer but {entry.state}: {entry.reason}")
     others = history.other_runs()
     if others:
         notes.append(

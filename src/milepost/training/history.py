@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from milepost.collective.comm import Comm, on_rank_0
+from milepost.collective.meeting import meeting
 from milepost.errors import SaveError, StorageError
 from milepost.format.manifest import Lineage
 from milepost.run.branches import Descent, begin
@@ -48,8 +49,9 @@ class SaveHistory:
 
     def _descent(self, step: int) -> Descent:
         if self._next is None:
-            self._look()
-            self._next = on_rank_0(self._comm, partial(self._begin, step))
+            with meeting(self._comm, f"saving step {step}"):  # nothing before has waited for all ranks
+                self._look()
+                self._next = on_rank_0(self._comm, partial(self._begin, step))
         return self._next
 
     def _warn_of_going_back(self, step: int, parent_step: int | None) -> None:

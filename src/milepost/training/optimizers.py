@@ -64,11 +64,28 @@ def check_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Paramete
                 )
 
 
+def check_still_there(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+    """Refuse an optimizer whose parameters the model no longer has.
+
+    Raises:
+        ConfigError: the model was wrapped, moved or changed since the manager was created.
+    """
+    gone = [parameter for _, parameter in each_parameter(optimizer) if parameter not in names]
+    if gone:
+        raise ConfigError(
+            f"{type(optimizer).__name__} steps {len(gone)} parameters that are not in the model (the first has shape "
+            f"{list(gone[0].shape)}): the model was wrapped (FSDP, tensor parallel, adapters) or changed after "
+            "its optimizer or the CheckpointManager was created. Wrap the model, then create the optimizer, then the "
+            "manager"
+        )
+
+
 def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """Return all optimizers' state and options, keyed by FQN. Tensors share memory with the optimizers.
 
     Raises:
         SaveError: two optimizers would be stored under the same key.
+        ConfigError: an optimizer steps parameters that the model no longer has.
     """
     merged = ByName()
     for number, optimizer in enumerate(optimizers):
@@ -77,6 +94,7 @@ def optimizer_state(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter
         if not has_numbered_parameters(state_dict, optimizer):  # its own form, or one made by a hook
             _merge(merged, state_dict, optimizer)
             continue
+        check_still_there(optimizer, names)
         numbers = {index: names[p] for p, index in indexed(optimizer).items()}
         entries = state_dict["state"]
         for index, entry in entries.items():

@@ -15,7 +15,7 @@ from milepost.errors import StateMismatchError
 from milepost.loading.module import ModuleOwner
 from milepost.loading.optimizer import OptimizerOwner
 from milepost.loading.parts import LikeOf, want_node
-from milepost.loading.stateful import StatefulOwner
+from milepost.loading.stateful import StatefulOwner, check_state, has_check
 from milepost.loading.target import Restorer, Stored, Target
 from milepost.tensors.tree import Node, rebuild
 from milepost.training.modules import fqn
@@ -105,7 +105,7 @@ class PerRankOwner:
             want_node(target, node)
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Reshard if needed: nothing has been changed yet if the object refuses."""
+        """Reshard if needed, and let the object look at its state: nothing has been changed yet if it refuses."""
         self._states = [rebuild(node, values) for node in self._nodes]
         if self._states and not self._same_layout:
             method = f"{self._part}: {type(self._stateful).__name__}.reshard(states)"
@@ -118,6 +118,8 @@ class PerRankOwner:
             if state is None:
                 raise StateMismatchError(f"{method} returned None, not the state for this rank. Nothing was changed")
             self._states = [state]
+        if self._states and has_check(self._stateful):
+            check_state(self._stateful, self._states[0], (self._part,))
 
     def restore(self, values: Mapping[str, Any]) -> None:
         for state in self._states:

@@ -23,7 +23,7 @@ from milepost.errors import (
     StorageError,
     listed,
 )
-from milepost.format.manifest import HF_FORMAT, Manifest
+from milepost.format.manifest import Manifest
 from milepost.interop.any_weights import WeightsRequest, load_any
 from milepost.loading.load_from import LoadReport, LoadRequest, load_from
 from milepost.loading.module import are_equal
@@ -34,6 +34,7 @@ from milepost.loading.target import Target
 from milepost.run import catalog, checkpoint_record, node_steps
 from milepost.run.branches import Descent, commit_order, descend
 from milepost.run.catalog import StepEntry
+from milepost.run.hf_folder import is_hf_step
 from milepost.run.node_part import NodePart
 from milepost.run.node_steps import NodeFolder
 from milepost.run.step_names import step_name
@@ -148,6 +149,7 @@ class Loader:
             choice, descent = on_rank_0(self._comm, partial(self._choose, rejected, num_steps, step))
             if choice is None:
                 return None
+            self._refuse_to_load_nothing(choice)
             if choice.step is not None and not has_base:
                 self._load_base()
                 has_base = True
@@ -174,6 +176,19 @@ class Loader:
             notes = [*choice.notes, *dict.fromkeys(model_notes), *report.notes, *map(str, report.let_pass)]
             notes += [*into.left_out(), *self._left_behind(choice, report.unexpected), *self._restore(into)]
             return replace(report, resumed_step=choice.step, notes=tuple(notes)), descent
+
+    def _refuse_to_load_nothing(self, choice: Choice) -> None:
+        """Raises ConfigError if ``exclude_from_loading`` leaves no part to load."""
+        if self._wanted(choice):
+            return
+        if choice.step is None:
+            to_do = "to start from newly initialized weights, leave checkpoint.initial_load_path empty"
+        else:
+            to_do = "to start a new run, choose another job.dump_folder or checkpoint.folder"
+        raise ConfigError(
+            f"checkpoint.exclude_from_loading = {','.join(self._config.exclude_from_loading)} leaves nothing to load "
+            f"from {choice.path}: {to_do}"
+        )
 
     def _parts_load(self, choice: Choice) -> PartsLoad:
         return PartsLoad(
@@ -399,7 +414,7 @@ class Loader:
         # Set it now: if the step's record can't be read, nothing else identifies the save.
         self._reading = next((e.save_id for e in entries if choice is not None and e.step == choice.step), "")
         if choice is None or choice.step is None:
-            return choice, None
+            return self._with_form(choice), None
         chosen = next(entry for entry in entries if entry.step == choice.step)
         for entry in entries if choice.may_fall_back else ():
             is_newer = commit_order(entry) > commit_order(chosen) if entry.lineage else entry.step > choice.step
@@ -413,9 +428,16 @@ class Loader:
                 self._warned.add(entry.step)
         choice = replace(choice, in_remote=choice.step in self._remote_steps, save_id=chosen.save_id)
         if choice.is_finished and choice.model_only:
-            form = checkpoint_record.read_manifest(self._place(choice)[0], chosen.path).extra.get("format")
-            choice = replace(choice, in_hf=form == HF_FORMAT)
+            choice = replace(choice, in_hf=is_hf_step(checkpoint_record.read_manifest(*self._place(choice))))
         return choice, descend(entries, chosen, start=choice.start)
+
+    def _with_form(self, choice: Choice | None) -> Choice | None:
+        """Mark an initial checkpoint that a run of Milepost saved as Hugging Face files. On rank 0."""
+        if choice is None or not choice.path or self._config.initial_load_in_hf or is_weights_file(choice.path):
+            return choice
+        with contextlib.suppress(MilepostError):  # the load reports the problem
+            return replace(choice, in_hf=is_hf_step(checkpoint_record.read_manifest(*self._place(choice))))
+        return choice
 
     def _mark_damaged(self, storage: Storage, path: str, error: CheckpointDamagedError) -> bool:
         """Mark the step being read, and those that share the damaged file.

@@ -23,7 +23,7 @@ from milepost.tensors.placements import meshes_of
 from milepost.tensors.state import PER_RANK, ByName
 from milepost.training.given_options import given_options, replaced_options
 from milepost.training.modules import fqn, model_state, module_versions, parameter_names
-from milepost.training.optimizers import check_parameters, of_own_form, optimizer_state, unfold
+from milepost.training.optimizers import check_parameters, check_still_there, of_own_form, optimizer_state, unfold
 from milepost.training.optimizers_owner import OptimizersOwner, take_place
 from milepost.training.owners import PerRankOwner, RngOwner, SeveralSchedulers, module_owner, state_owner
 from milepost.training.random_state import rng_state
@@ -193,6 +193,9 @@ class TrainingState:
             # Not called earlier: some create their state on request, by a step that a new run must not take.
             own_form = of_own_form(self.optimizers)
             names = parameter_names(self.models)
+            for optimizer in self.optimizers:
+                if optimizer not in own_form:
+                    check_still_there(optimizer, names)
             owners["optimizer"] = [OptimizersOwner(self.optimizers, names, own_form, keeps_rates=keeps_rates)]
         owners["dataloader"] = [StatefulOwner(self.dataloader, ("dataloader",))]
         like_of = self._sharded_alike()
