@@ -118,7 +118,10 @@ def not_a_checkpoint(storage: Storage, name: str, path: str, info: CheckpointInf
         newest = History.of(entries).newest or entries[-1]
         message = f"{path} is a run, not a checkpoint: give one of its steps, such as {storage.root}/{newest.path}"
     else:
-        message = f"{path} is not a checkpoint: {info.reason if info is not None else 'there is no such folder'}"
+        from milepost.run.hf_folder import model_in_cache  # see `_no_run`
+
+        reason = info.reason if info is not None else "there is no such folder"
+        message = model_in_cache(storage, name) or f"{path} is not a checkpoint: {reason}"
     return CheckpointNotFoundError(message, path=path)
 
 

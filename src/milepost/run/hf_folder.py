@@ -28,6 +28,7 @@ from milepost.format.manifest import HF_FORMAT, FileEntry, Manifest, ShardEntry,
 from milepost.format.safetensors import StoredTensor, read_header
 from milepost.format.tags import untagged
 from milepost.format.torch_file import locate_tensors
+from milepost.storage import join_path
 from milepost.storage.base import ReadHandle, Storage, join, split
 from milepost.storage.links import open_linked, read_linked
 
@@ -70,6 +71,18 @@ def is_adapter(names: Collection[str]) -> bool:
     """True if the folder holds an adapter (LoRA and the like) of PEFT, not a whole model."""
     kind = weight_files(names)
     return ADAPTER_CONFIG_NAME in names or (kind.adapter in names and kind.single not in names)
+
+
+def model_in_cache(storage: Storage, folder: str) -> str | None:
+    """Return an error for a model's folder in the hub's cache, whose files are in a folder below; None for others."""
+    below = join(folder, "snapshots")
+    found = storage.stat(below)
+    if found is None or not found.is_folder:
+        return None
+    revisions = [entry.name for entry in storage.list(below) if entry.is_folder]
+    path = join_path(storage.root, folder)
+    revision = revisions[0] if len(revisions) == 1 else "<revision>"
+    return f"{path} is a model in the Hugging Face cache: give its folder {path}/snapshots/{revision}"
 
 
 def is_hf_step(manifest: Manifest) -> bool:

@@ -29,7 +29,7 @@ from milepost.format.manifest import MANIFEST_NAME
 from milepost.run import catalog, checkpoint_record, marks
 from milepost.run.catalog import CheckpointInfo, State
 from milepost.run.checkpoint_record import CommitRecord
-from milepost.run.hf_folder import is_hf_folder
+from milepost.run.hf_folder import is_hf_folder, model_in_cache
 from milepost.run.step_names import damage_mark
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import Storage, join, split
@@ -142,7 +142,10 @@ def verify_in(
         if is_hf_folder(names):
             return _verify_weights(storage, path, names, level, num_threads, progress)
         reason = info.reason if info is not None else "there is no such folder"
-        raise CheckpointNotFoundError(f"{join_path(storage.root, path)} is not a checkpoint: {reason}", path=path)
+        in_cache = model_in_cache(storage, path)
+        raise CheckpointNotFoundError(
+            in_cache or f"{join_path(storage.root, path)} is not a checkpoint: {reason}", path=path
+        )
     return _verify_checkpoint(storage, path, info, level, num_threads, progress)
 
 

@@ -30,7 +30,7 @@ from milepost.format.torch_file import inert_values, locate_tensors
 from milepost.interop.weights.boxes import Source, Stretch, TensorInfo, TensorStretches
 from milepost.run import catalog, checkpoint_record
 from milepost.run.branches import History
-from milepost.run.hf_folder import HeaderTensors, is_adapter, is_hf_folder, read_hf_folder
+from milepost.run.hf_folder import HeaderTensors, is_adapter, is_hf_folder, model_in_cache, read_hf_folder
 from milepost.run.step_names import find_run
 from milepost.storage import join_path, open_storage
 from milepost.storage.base import ReadHandle, Storage, join
@@ -112,8 +112,9 @@ def _not_weights(storage: Storage, folder: str, full: str, names: Iterable[str])
         return f"{full} holds a model split into torch files of unknown names: {_SAVE_ANEW}"
     if torch_files:
         return f"{full} is a folder of torch files: give one of them, such as {full}/{torch_files[0]}"
-    if "snapshots" in names:
-        return f"{full} is a model in the Hugging Face cache: give its folder {full}/snapshots/<revision>"
+    in_cache = model_in_cache(storage, folder)
+    if in_cache is not None:
+        return in_cache
     return f"{full} holds no weights: neither a checkpoint ({MANIFEST_NAME}, {METADATA_NAME}) nor safetensors files"
 
 
