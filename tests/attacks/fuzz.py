@@ -39,6 +39,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+sys.path.append(str(Path(__file__).parents[1] / "format"))  # its samples, which pytest finds by its configuration
+
 from fuzz_mutations import MAX_NBYTES
 from fuzz_targets import TARGETS, Target
 

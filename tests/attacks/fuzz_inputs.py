@@ -7,6 +7,7 @@ import json
 import math
 
 import torch.utils.serialization  # noqa: F401 - torch.load imports it at its first call, and nothing may be imported then
+from manifests import StoredBox, lay_out, record_files
 
 from milepost.format.box import Box
 from milepost.format.dcp_writer import dump_metadata
@@ -22,7 +23,6 @@ from milepost.run.owner import this_process
 from milepost.run.signoff import SignOff, dump_sign_off, segment_of
 from milepost.saving.writer import WrittenFile, WrittenObject, WrittenTensor
 from milepost.tensors.plan import WriteItem
-from milepost.testing.manifests import StoredBox, lay_out, record_files
 from milepost.train.config import TrainConfig
 from milepost.train.options import to_toml
 from milepost.verification.extents import records_of

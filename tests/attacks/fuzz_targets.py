@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.utils.serialization  # noqa: F401 - torch.load imports it at its first call, and nothing may be imported then
+from format_1 import to_json_1
 from fuzz_inputs import (
     BARE_CONFIG,
     FLAGS,
@@ -44,6 +45,7 @@ from fuzz_mutations import (
     mutate_zip,
     with_crc,
 )
+from manifests import read_back, record_files
 from public_shapes import CONFIGS, HOSTILE_PICKLES, INDEXES, SAFETENSORS_FILES, TORCH_FILES
 
 from milepost.cli.main import main
@@ -82,8 +84,6 @@ from milepost.storage import LocalStorage
 from milepost.storage.base import ReadHandle
 from milepost.storage.links import read_linked
 from milepost.tensors.value_reader import decode_object
-from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import read_back, record_files
 from milepost.testing.sample import save_arrays
 from milepost.train.options import load_config
 from milepost.verification.extents import own_record, records_of

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from manifests import record_files
 from small_checkpoint import DATA_FILES, blank, load_everything, state
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -35,7 +36,6 @@ from milepost.format.manifest import (
 from milepost.format.summary import totals_by_part
 from milepost.run import catalog, checkpoint_record
 from milepost.storage import LocalStorage
-from milepost.testing.manifests import record_files
 from milepost.verification.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from format_1 import to_json_1
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from manifests import StoredBox, lay_out, read_back, record_files
 
 from milepost.errors import FormatError
 from milepost.format.box import Box
@@ -32,8 +34,6 @@ from milepost.format.plain_pickle import load_plain
 from milepost.format.record import object_record, record_footer, tensor_record
 from milepost.format.record_reader import TENSOR_GLOBALS, locate_tensor, read_object
 from milepost.format.shards_file import parse_shards
-from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files
 
 LAYOUT = lay_out(
     {

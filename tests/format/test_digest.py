@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from manifests import Layout, StoredBox, lay_out
 
 from milepost.errors import FormatError
 from milepost.format.box import Box
@@ -20,7 +21,6 @@ from milepost.format.digest import (
     num_blocks,
     parse_digests,
 )
-from milepost.testing.manifests import Layout, StoredBox, lay_out
 
 RAW = os.urandom(3 * BLOCK_NBYTES // 2)
 

@@ -8,12 +8,12 @@ import struct
 from pathlib import Path
 
 import pytest
+from format_1 import to_json_1
+from manifests import StoredBox, lay_out, record_files
 
 from milepost.format.box import Box
 from milepost.format.digest import crc32, dump_digests
 from milepost.format.manifest import DIGESTS_NAME, FileEntry
-from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import StoredBox, lay_out, record_files
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from format_1 import to_json_1
+from manifests import StoredBox, lay_out
 
 from milepost.errors import MAX_LISTED, FormatError, NewerFormatError
 from milepost.format.box import Box
@@ -17,8 +19,6 @@ from milepost.format.digest import crc32
 from milepost.format.manifest import BranchStart, FileEntry, Lineage, Manifest
 from milepost.format.manifest_check import is_plain_name, manifest_faults
 from milepost.format.manifest_json import from_json
-from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import StoredBox, lay_out
 
 W = "layers.0.attention.wq.weight"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from manifests import StoredBox, lay_out, read_back, record_files
 
 from milepost.config import PARTS
 from milepost.errors import FormatError, NewerFormatError
@@ -25,7 +26,6 @@ from milepost.format.manifest import (
 )
 from milepost.format.manifest_json import MAX_HEAD_NBYTES, from_json, listing_of, parse_head, to_json
 from milepost.format.summary import totals_by_part
-from milepost.testing.manifests import StoredBox, lay_out, read_back, record_files
 
 LINEAGE = Lineage(
     run="0123456789abcdef",

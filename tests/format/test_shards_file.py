@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifests import StoredBox, lay_out
 
 from milepost.errors import FormatError, NewerFormatError
 from milepost.format.box import Box, cover_faults
@@ -20,7 +21,6 @@ from milepost.format.columns_check import cover_fault, table_faults
 from milepost.format.digest import crc32
 from milepost.format.manifest import FileEntry, Manifest
 from milepost.format.shards_file import dump_shards, parse_shards
-from milepost.testing.manifests import StoredBox, lay_out
 
 SAVE_ID = "0123456789abcdef"
 GRID = [StoredBox(Box((r, c), (2, 3)), bytes(24), f"__{r}_0.distcp") for r in (0, 2) for c in (0, 3)]

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from format_1 import to_json_1
+from manifests import record_files
 from sample_run import Run, assert_same, damage, states_in
 
 from milepost.errors import CheckpointDamagedError, NewerFormatError
@@ -13,8 +15,6 @@ from milepost.format.digest import crc32
 from milepost.format.manifest import MANIFEST_NAME, SHARDS_NAME, Manifest
 from milepost.run import catalog, checkpoint_record
 from milepost.storage import LocalStorage
-from milepost.testing.format_1 import to_json_1
-from milepost.testing.manifests import record_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifests import record_files
 
 from milepost import verify
 from milepost.errors import CheckpointNotFoundError, ConfigError, StorageError
@@ -19,7 +20,6 @@ from milepost.format.manifest import BLOCK_NBYTES, FileEntry, Manifest
 from milepost.run import catalog, checkpoint_record, sweep
 from milepost.storage import LocalStorage, Storage
 from milepost.storage.base import ReadHandle
-from milepost.testing.manifests import record_files
 from milepost.testing.sample import save_arrays
 from milepost.testing.wrap import Operation, TraceStorage, WrappedStorage
 from milepost.verification.external import locate_manifest

@@ -3,7 +3,7 @@
 In reading order::
 
     world          ranks as forks of this process; fake_rank: any rank of a simulated world
-    sample         real checkpoints without torch or ranks; manifests: their bytes, in memory; format_1: the old form
+    sample         real checkpoints without torch or ranks
     storage_suite  the conformance suite that every storage passes; handle_suite: its part on open files
     wrap           storages around another; one that records each operation
     faulty         a storage that fails on command; faulty_client: an object store's client that does
