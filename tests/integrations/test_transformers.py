@@ -290,3 +290,60 @@ def test_where_there_is_no_step_the_newest_of_the_trainers_own_is_resumed_from(t
 def test_arguments_that_can_not_be_honoured_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_only_model"):
         MilepostCallback(trainer_in(tmp_path, save_only_model=True))
+
+
+class FailAt(TrainerCallback):
+    """Raises an error, as Ctrl-C or a user's code does, and leaves the process alive."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise KeyboardInterrupt
+
+
+def fail_and_resume(folder: Path) -> tuple[dict[str, Any], list[int]]:
+    failing = trainer_in(folder)
+    MilepostCallback(failing)
+    failing.add_callback(FailAt(8))
+    with pytest.raises(KeyboardInterrupt):
+        failing.train()
+    trainer = trainer_in(folder)
+    MilepostCallback(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    assert failing.state.global_step == 8  # it is still there, as in a notebook
+    return outcome(trainer), sorted(steps_in(folder))
+
+
+def test_after_an_error_another_trainer_of_the_process_resumes(tmp_path: Path) -> None:
+    undisturbed = run_world(train, 1, tmp_path / "whole")
+    (found,) = run_world(fail_and_resume, 1, tmp_path / "failed")
+    assert found == (undisturbed[0], [3, 6, 9, 12, 14])
+
+
+def train_with_hf_files(folder: Path) -> list[str]:
+    trainer = trainer_in(folder, max_steps=6)
+    MilepostCallback(trainer, config=CheckpointConfig(hf_interval=6))
+    trainer.train()
+    found = LlamaForCausalLM.from_pretrained(folder / "milepost" / "hf" / "step-6").state_dict()
+    assert digest(found) == digest(trainer.model.state_dict())
+    return sorted(path.name for path in (folder / "milepost" / "hf").iterdir())
+
+
+def test_hugging_face_files_are_written_beside_the_steps(tmp_path: Path) -> None:
+    assert run_world(train_with_hf_files, 1, tmp_path) == [["step-6"]]
+
+
+def test_mistakes_in_the_use_of_the_callback_are_named(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    with pytest.raises(ConfigError, match="expected a transformers Trainer, found LlamaForCausalLM"):
+        MilepostCallback(trainer.model)
+    for options in ({"enable": False}, {"last_save_in_hf": True}):
+        with pytest.raises(ConfigError, match=r"leave the callback out|trainer.save_model"):
+            MilepostCallback(trainer, config=CheckpointConfig(**options))
+    MilepostCallback(trainer)
+    with pytest.raises(ConfigError, match="has a MilepostCallback already"):
+        MilepostCallback(trainer)
+    with pytest.raises(ConfigError, match=r"is the folder of the steps: give one of them, such as .*/milepost/step-10"):
+        trainer.train(resume_from_checkpoint=tmp_path / "milepost")

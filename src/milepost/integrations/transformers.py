@@ -25,6 +25,7 @@ from milepost.config import PARTS, CheckpointConfig
 from milepost.errors import CheckpointNotFoundError, ConfigError
 from milepost.integrations.accelerate import unwrapped
 from milepost.integrations.choice import Resumable, step_to_resume
+from milepost.interop.hf.model import HfModel
 from milepost.run import catalog
 from milepost.run.step_names import step_name, step_of
 from milepost.storage import open_storage
@@ -63,6 +64,7 @@ class MilepostCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, folder: str | None = None, config: CheckpointConfig | None = None):
+        _check_trainer(trainer)
         self._trainer = trainer
         self._config = _config_of(trainer, config or CheckpointConfig(enable=True, async_mode="async", keep_latest_k=0))
         self._folder = folder if folder is not None else os.path.join(trainer.args.output_dir, "milepost")
@@ -91,9 +93,18 @@ class MilepostCallback(TrainerCallback):
         if given is True or (isinstance(given, str) and self._is_step(given)):
             self._resuming = self._find(given)
             given = self._hand_over() if self._resuming is not None else self._own_of_trainer()
+        elif isinstance(given, str) and os.path.abspath(given) == os.path.abspath(self._folder):
+            raise ConfigError(
+                f"resume_from_checkpoint = {given} is the folder of the steps: give one of them, such as "
+                f"{self._path_of(10)}, or True for the newest"
+            )
         if self._resuming is None:
             self._warn_of_steps(given)
-        return self._stock["train"](given, *args, **kwargs)
+        try:
+            return self._stock["train"](given, *args, **kwargs)
+        except BaseException as error:  # also Ctrl-C: another Trainer of this process may resume the run
+            self._leave(error)
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._resuming is None:  # the Trainer's own at first
@@ -148,6 +159,7 @@ class MilepostCallback(TrainerCallback):
             states={} if scaler is None else {"scaler": scaler},
             layout=self._layout(),
             per_rank=("train_state",),
+            hf=HfModel.of(trainer.model) if self._config.hf_interval or self._config.initial_load_in_hf else None,
         )
         if self._resuming is not None:
             self._manager.load(step=self._resuming.step)
@@ -242,6 +254,12 @@ class MilepostCallback(TrainerCallback):
         if manager is not None:
             manager.close()
 
+    def _leave(self, error: BaseException) -> None:
+        """Close after an error of this rank, without waiting for the others; what was staged is still committed."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            manager.__exit__(type(error), error, error.__traceback__)
+
 
 class _TrainerState:
     """The Trainer's state in its own JSON form, and the loss not logged yet."""
@@ -266,6 +284,14 @@ class _TrainerState:
     def reshard(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """On another number of ranks, each continues from rank 0's state."""
         return states[0]
+
+
+def _check_trainer(trainer: Any) -> None:
+    """Raise ConfigError for anything but a Trainer that has no such callback yet."""
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"MilepostCallback(trainer): expected a transformers Trainer, found {type(trainer).__name__}")
+    if any(isinstance(callback, MilepostCallback) for callback in trainer.callback_handler.callbacks):
+        raise ConfigError("this Trainer has a MilepostCallback already: its constructor adds it, once")
 
 
 def _with_callbacks(trainer: Trainer) -> TrainerState:
@@ -305,6 +331,18 @@ def _best_step(folder: str, state: TrainerState, config: CheckpointConfig) -> in
     return max(equal)
 
 
+def _options_without_effect(config: CheckpointConfig) -> list[str]:
+    problems = []
+    if not config.enable:
+        problems.append("MilepostCallback(config=...): to train without checkpoints, leave the callback out")
+    if config.last_save_in_hf:
+        problems.append(
+            "MilepostCallback(config=...): last_save_in_hf has no effect here: call trainer.save_model() after "
+            "training, or `milepost export`; hf_interval writes Hugging Face files during it"
+        )
+    return problems
+
+
 def _config_of(trainer: Trainer, config: CheckpointConfig) -> CheckpointConfig:
     """Merge the options with the Trainer's arguments about checkpoints.
 
@@ -317,7 +355,8 @@ def _config_of(trainer: Trainer, config: CheckpointConfig) -> CheckpointConfig:
         "save_only_model = True": args.save_only_model,
         "push_to_hub with hub_strategy = checkpoint": args.push_to_hub and "checkpoint" in str(args.hub_strategy.value),
     }
-    problems = [
+    problems = _options_without_effect(config)
+    problems += [
         f"MilepostCallback does not support these TrainingArguments: {name}" for name, on in refused.items() if on
     ]
     problems += [
@@ -325,7 +364,7 @@ def _config_of(trainer: Trainer, config: CheckpointConfig) -> CheckpointConfig:
     ]
     if problems:
         raise ConfigError(problems)
-    values: dict[str, Any] = {"enable": True, "interval": 1}  # the Trainer decides when to save
+    values: dict[str, Any] = {"interval": 1}  # the Trainer decides when to save
     if args.save_total_limit is not None:
         values["keep_latest_k"] = args.save_total_limit
     if args.load_best_model_at_end:
