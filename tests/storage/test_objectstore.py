@@ -305,6 +305,7 @@ def test_no_secret_is_printed(
         "s3://bucket/x?token=hush",
         "s3://bucket:9000/x",
         "s3://bucket/x#hush",
+        "s3://bucket/x\nhush",
     ],
 )
 def test_a_url_is_a_bucket_and_a_path(url: str) -> None:
@@ -364,6 +365,61 @@ def test_a_profile_brings_keys_region_and_endpoint(
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ConfigError, match="'nobody' can't be used"):
         ObjectStorage(fresh_url()).read("x")
+
+
+def test_keys_in_the_environment_come_before_those_of_a_profile_which_still_has_the_endpoint(
+    store: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(f"[default]\nregion = eu-north-1\nendpoint_url = {store.endpoint}\n")
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id = stale\naws_secret_access_key = stale\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    storage = ObjectStorage(fresh_url(), retry=QUICK)
+    storage.write("x", b"1")
+    assert storage.read("x") == b"1"
+
+
+def test_a_login_that_has_expired_is_no_denied_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    profile = "[profile sso]\nsso_session = s\nsso_account_id = 1\nsso_role_name = r\n"
+    session = "[sso-session s]\nsso_region = us-east-1\nsso_start_url = https://example.invalid/start\n"
+    (tmp_path / "config").write_text(profile + session)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where logins are cached
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "sso")
+    with pytest.raises(StorageError, match=r"the AWS profile gave no credentials \(SSOTokenLoadError\).*aws sso login"):
+        ObjectStorage(fresh_url(), retry=QUICK).list("")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "", "set AWS_SECRET_ACCESS_KEY too"),
+        ("AWS_ENDPOINT_URL", "http://no-such-host.invalid:9000", "the endpoint's host can't be resolved"),
+        ("AWS_ENDPOINT_URL", "https://127.0.0.1:{port}", "the endpoint does not speak https"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:{port}/ckpt", "404 NoSuchKey .*check the endpoint"),
+    ],
+)
+def test_what_is_wrong_with_the_environment_is_said(
+    store: Seaweed, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value.format(port=store.port))
+    with pytest.raises((ConfigError, StorageError), match=said):
+        ObjectStorage(fresh_url(), retry=QUICK).stat("x")
+
+
+def test_an_empty_object_may_mark_a_folder() -> None:
+    storage = ObjectStorage("memory://root", store=obstore.store.MemoryStore())
+    for name in ("run", "run/step-1/a", "alone"):
+        storage.write(name, b"")
+    assert {name: getattr(storage.stat(name), "is_folder", None) for name in ("run", "run/step-1", "alone")} == {
+        "run": True,
+        "run/step-1": True,
+        "alone": False,
+    }
 
 
 def test_settings_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

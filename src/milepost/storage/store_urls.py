@@ -83,9 +83,6 @@ def connect(url: StoreUrl, *, client_options: dict[str, Any], retry_config: dict
 
 
 def _why_not(url: StoreUrl, text: str) -> str:
-    missing = [name for name in _AWS_PAIR if not os.environ.get(name)]
-    if url.scheme == "s3" and len(missing) == 1:
-        return f"{url}: set {missing[0]} too, or neither of {' and '.join(_AWS_PAIR)}"
     if "Account must be specified" in text:
         return f"{url}: set AZURE_STORAGE_ACCOUNT_NAME to the storage account that the container is in"
     if "service account" in text or "OpenCredentials" in text:
@@ -99,6 +96,9 @@ def _azure() -> dict[str, str]:
 
 def _aws(client_options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments for S3 that obstore does not find in the environment itself."""
+    missing = [name for name in _AWS_PAIR if not os.environ.get(name)]
+    if len(missing) == 1:
+        raise ConfigError(f"set {missing[0]} too, or neither of {' and '.join(_AWS_PAIR)}")
     profile = _AwsProfile.find()
     config: dict[str, str] = {}
     endpoint = next(filter(None, map(os.environ.get, _AWS_ENDPOINTS)), "")

@@ -181,7 +181,7 @@ class RemoteTier:
             return f"{text}. It can't be read in {here} either: {error.message}"
         if found is not None and found.state == "part":
             return (
-                f"{text}. It is committed in the nodes' folders {here}: the next start of this run copies it from there"
+                f"{text}. It is in the nodes' folders {here}: the next start of this run copies it, if all have theirs"
             )
         if found is None or not found.is_usable:
             return f"{text}. {newest.path} is {found.state if found is not None else 'gone'}"
