@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from same import assert_same
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import milepost
@@ -338,3 +340,27 @@ def test_tensors_that_begin_to_differ_in_a_few_elements(memory_path: Path, mode:
         assert "train_state.seen: rank 0 / rank 1" in one
         assert 'CheckpointManager(per_rank=("dataloader", "train_state"))' in one
         assert "states.more.seen: rank 0 / rank 1" in other
+
+
+def averages_of_sharded_weights(folder: Path, mode: str, saves: bool) -> None:
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(6, 5))
+    rank = dist.get_rank()
+    averages = {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}
+    state = Values(averages=averages, history=[rank], whole=torch.tensor(rank)) if saves else Values()
+    config = CheckpointConfig(**CONFIG, async_mode=mode)  # type: ignore[arg-type]
+    with CheckpointManager(folder, config, model=model, train_state=state, per_rank=("train_state",)) as manager:
+        if saves:
+            for step in (1, 2):
+                manager.save(step)
+                manager.maybe_wait_for_staging()
+        else:
+            manager.load()
+    assert_same(state.values, {"averages": averages, "history": [rank], "whole": torch.tensor(rank)})
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
+def test_dtensors_beside_values_of_each_rank(memory_path: Path, mode: str) -> None:
+    """Each rank has its shard, of which no rank has the rest: it comes back as the DTensor that it was."""
+    run_world(averages_of_sharded_weights, 2, memory_path, mode, True, timeout_s=60)
+    run_world(averages_of_sharded_weights, 2, memory_path, mode, False, timeout_s=60)

@@ -27,6 +27,7 @@ from milepost.tensors.parts import (
     take_apart,
     take_apart_as,
 )
+from milepost.tensors.placements import make_sharded
 from milepost.tensors.tree import Node, Ref, refs
 
 MakeTensor = Callable[[str, TensorEntry], torch.Tensor]
@@ -217,6 +218,8 @@ def is_by_shard(node: Node) -> bool:
 
 def _want_shard(target: Target, node: TensorParts, live: Any, like: Any) -> bool:
     """Request this rank's shard of a DTensor whose shards were stored separately; returns whether in place."""
+    if like is None and live is None and (text := target.placement_of(node.key)) is not None:
+        like = make_sharded(text, target.meshes, node.form.shape, node.form.dtype)
     if like is None and live is None:
         for part in node.values():
             want_node(target, part)

@@ -24,11 +24,20 @@ from milepost.storage import open_storage
 from milepost.storage.base import Storage
 from milepost.tensors.aliases import find_aliases, find_permuted, memory_of
 from milepost.tensors.layout import TensorLeaf, stored_as
-from milepost.tensors.parts import TensorParts, plain_tensors
+from milepost.tensors.parts import TensorParts, num_shards, plain_tensors
 from milepost.tensors.placements import PLAIN, describe_placements
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
-from milepost.tensors.state import EXTRA_STATE, LOOP_PARTS, ByName, FlatState, flatten, unwrap_stateful
+from milepost.tensors.state import (
+    EXTRA_STATE,
+    LOOP_PARTS,
+    ByName,
+    FlatState,
+    flatten,
+    is_stateful,
+    is_terminal,
+    unwrap_stateful,
+)
 from milepost.tensors.tree import Relations, dump_parts
 from milepost.tensors.value_types import ATOMS
 from milepost.tensors.value_writer import encode_object
@@ -142,7 +151,8 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
             replicated = _replicated_parts(given)
         own = {name: {f"rank{comm.rank}": state[name]} for name in manner.per_rank if name in state}
         whole = ByName({**state, **own}) if isinstance(state, ByName) else {**state, **own}
-        flat = flatten(whole, manner.by_shard)
+        own_shards = dict(_sharded_in(own, ""))
+        flat = flatten(whole, manner.by_shard.union(own_shards))
         if (dtype := request.dtype) is not None:
             flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
         objects = _encoded(flat.objects, manner)
@@ -158,6 +168,7 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
         versions = state.versions if isinstance(state, ByName) else {}
         beside = list(_state_of_sharded(flat))
         relations = _relations_of(flat, LOOP_PARTS if isinstance(state, ByName) else None, versions, beside)
+        relations = replace(relations, sharded={**relations.sharded, **own_shards})
         nesting = Nesting(flat.paths, flat.empty, dump_parts({**flat.skeleton, **relations.skeleton()}))
         of_loop = _of_loop(flat, replicated, beside) - buffers
         at_will = _changed_at_will(flat, owners, of_run=isinstance(state, ByName))
@@ -200,6 +211,24 @@ def _relations_of(
         if key not in known and (loop_parts is None or flat.paths[key][0] in loop_parts)
     )
     return Relations({**aliases, **find_permuted(alone)}, versions, sharded, parameters)
+
+
+def _sharded_in(state: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield the keys and placements of DTensors in a state that is stored per rank: of each, a rank has its own shard.
+
+    The ranks would have to give their shards under one key for a whole tensor.
+    """
+    if isinstance(state, DTensor):
+        text = describe_placements(state) if num_shards(state) > 1 else None
+        if text is not None:
+            yield prefix[:-1], text
+        return
+    if is_stateful(state):
+        state = state.state_dict()
+    if isinstance(state, Mapping) or (isinstance(state, list) and not is_terminal(state)):
+        items = state.items() if isinstance(state, Mapping) else enumerate(state)
+        for name, value in items:
+            yield from _sharded_in(value, f"{prefix}{name}.")
 
 
 def _unlike_parameters(beside: Iterable[StateOfSharded]) -> dict[str, str]:
