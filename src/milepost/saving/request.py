@@ -28,16 +28,7 @@ from milepost.tensors.parts import TensorParts, num_shards, plain_tensors
 from milepost.tensors.placements import PLAIN, describe_placements
 from milepost.tensors.plan import LocalLayout
 from milepost.tensors.snapshot import Snapshot, snapshot
-from milepost.tensors.state import (
-    EXTRA_STATE,
-    LOOP_PARTS,
-    ByName,
-    FlatState,
-    flatten,
-    is_stateful,
-    is_terminal,
-    unwrap_stateful,
-)
+from milepost.tensors.state import EXTRA_STATE, LOOP_PARTS, ByName, FlatState, flatten, unwrap_stateful
 from milepost.tensors.tree import Relations, dump_parts
 from milepost.tensors.value_types import ATOMS
 from milepost.tensors.value_writer import encode_object
@@ -151,8 +142,10 @@ def prepare_state(request: SaveRequest, comm: Comm, manner: Manner, before: Prep
             replicated = _replicated_parts(given)
         own = {name: {f"rank{comm.rank}": state[name]} for name in manner.per_rank if name in state}
         whole = ByName({**state, **own}) if isinstance(state, ByName) else {**state, **own}
-        own_shards = dict(_sharded_in(own, ""))
-        flat = flatten(whole, manner.by_shard.union(own_shards))
+        flat = flatten(whole, manner.by_shard)
+        own_shards = _own_shards(flat, own)
+        if own_shards:
+            flat = flatten(whole, manner.by_shard.union(own_shards))
         if (dtype := request.dtype) is not None:
             flat = replace(flat, tensors={key: stored_as(leaf, dtype) for key, leaf in flat.tensors.items()})
         objects = _encoded(flat.objects, manner)
@@ -213,22 +206,19 @@ def _relations_of(
     return Relations({**aliases, **find_permuted(alone)}, versions, sharded, parameters)
 
 
-def _sharded_in(state: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield the keys and placements of DTensors in a state that is stored per rank: of each, a rank has its own shard.
+def _own_shards(flat: FlatState, per_rank: Collection[str]) -> dict[str, str]:
+    """Return the keys and placements of DTensors below the top-level names ``per_rank``.
 
-    The ranks would have to give their shards under one key for a whole tensor.
+    There each rank has its shard under a key of its own, of which no rank has the rest.
     """
-    if isinstance(state, DTensor):
-        text = describe_placements(state) if num_shards(state) > 1 else None
-        if text is not None:
-            yield prefix[:-1], text
-        return
-    if is_stateful(state):
-        state = state.state_dict()
-    if isinstance(state, Mapping) or (isinstance(state, list) and not is_terminal(state)):
-        items = state.items() if isinstance(state, Mapping) else enumerate(state)
-        for name, value in items:
-            yield from _sharded_in(value, f"{prefix}{name}.")
+    found = {}
+    for key, leaf in flat.tensors.items() if per_rank else ():
+        if leaf.spread is not None and flat.paths[key][0] in per_rank and not leaf.is_part:
+            value = flat.slots[key].container[flat.slots[key].index]
+            if isinstance(value, DTensor) and num_shards(value) > 1:
+                text = describe_placements(value)
+                found.update({key: text} if text is not None else {})
+    return found
 
 
 def _unlike_parameters(beside: Iterable[StateOfSharded]) -> dict[str, str]:
