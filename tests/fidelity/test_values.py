@@ -37,6 +37,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import milepost
 from milepost import CheckpointConfig, CheckpointManager, ConfigError, SaveError
+from milepost.run.checkpoint_record import read_manifest
+from milepost.storage import LocalStorage
 from milepost.tensors import registry
 from milepost.tensors.snapshot import snapshot
 from milepost.tensors.value_reader import decode_object
@@ -318,6 +320,27 @@ def test_what_is_not_plain_or_small_is_encoded_at_once() -> None:
     assert snapshot([1, 2]) is None
     assert snapshot([*range(30_000), {1}]) is None
     assert snapshot([*range(30_000), np.float32(1)]) is None
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_mappings_of_many_small_values_are_one_value_of_their_own_type(memory_path: Path, mode: str) -> None:
+    def made() -> dict[str, Any]:
+        return {
+            "counter": Counter({n: n for n in range(5000)}),
+            "default": defaultdict(list, {f"key {n}": [n] for n in range(5000)}),
+            "ordered": OrderedDict((n, -n) for n in range(5000)),
+            "inner": {"counters": [Counter(range(4500)), Counter("abc")]},
+        }
+
+    config = CheckpointConfig(interval=1, async_mode=mode)  # type: ignore[arg-type]
+    with CheckpointManager(memory_path / mode, config, model=nn.Linear(1, 1), train_state=Holder(made())) as manager:
+        manager.save(1)
+    manifest = read_manifest(LocalStorage(str(memory_path / mode)), "step-1")
+    assert sum(key.startswith("train_state.") for key in manifest.objects) < 20
+    loaded = Holder({})
+    with CheckpointManager(memory_path / mode, config, model=nn.Linear(1, 1), train_state=loaded) as manager:
+        manager.load()
+    assert_same(loaded.state, made())
 
 
 # ---- what can't be kept ----

@@ -95,8 +95,16 @@ def _copied(value: Any, has_tensors: list[bool], depth: int) -> Any:
     if _ATOMS.issuperset(map(type, parts)):
         return value if kind is tuple else value.copy()
     if kind is dict:
-        return {name: _copied(part, has_tensors, depth + 1) for name, part in value.items()}
-    return kind(_copied(part, has_tensors, depth + 1) for part in value)
+        return {
+            name: part if type(part) in _ATOMS else _copied(part, has_tensors, depth + 1)
+            for name, part in value.items()
+        }
+    return kind([part if _is_fixed(part) else _copied(part, has_tensors, depth + 1) for part in value])
+
+
+def _is_fixed(part: Any) -> bool:
+    """Return whether a part can't change: a number, text, or a tuple of these. A value has mostly such parts."""
+    return type(part) in _ATOMS or (type(part) is tuple and _ATOMS.issuperset(map(type, part)))
 
 
 def _in_pieces(value: list[Any] | dict[Any, Any]) -> Iterator[Any]:

@@ -48,6 +48,7 @@ _PACK_MAX_NBYTES = 64 << 10
 
 MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 """Types of mappings that are restored as such; the result of ``state_dict()`` itself is restored as a dict."""
+_PACKABLE = frozenset((list, *MAPPINGS))
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _ATOMIC = frozenset(_ATOMS)
 _TENSORS = frozenset((torch.Tensor, nn.Parameter))
@@ -275,7 +276,7 @@ class _Packing:
             nbytes, is_small = 0, True
         else:
             leaves, nbytes, is_small = self._count_parts(parts)
-        is_small = is_small and type(node) in (dict, list, OrderedDict) and not hasattr(node, "_metadata")
+        is_small = is_small and type(node) in _PACKABLE and not hasattr(node, "_metadata")
         if leaves >= PACK_FROM and is_small and nbytes <= PACK_NBYTES * leaves:
             self._packed.add(id(node))
             return 1, nbytes, False

@@ -46,8 +46,9 @@ def traits_of(key: str, value: Any) -> Traits:
             kind = type(part)
             if kind in ATOMS:
                 continue
-            if kind is dict and depth < MAX_DEPTH and ATOMS.issuperset(map(type, part.values())):
-                found.num_parts += len(part)
+            inner = part.values() if kind is dict else part if kind is tuple or kind is list else None
+            if inner is not None and depth < MAX_DEPTH and ATOMS.issuperset(map(type, inner)):
+                found.num_parts += len(part)  # most parts of a large value: without a call for each
             else:
                 visit(part, depth + 1)
         open_ids.remove(id(node))
