@@ -141,6 +141,9 @@ def test_watch_goes_with_no_json(attempt: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit, match="2"):
         main(["ls", str(attempt.parent), "--watch", "0"])
     assert "0.1 to 3600" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["ls", str(attempt.parent), "--watch", "often"])
+    assert "expected seconds from 0.1 to 3600, found often" in capsys.readouterr().err
 
 
 def test_a_run_may_be_watched_before_its_first_save(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"expected seconds from 0.1 to 3600, found {text}")
     return value

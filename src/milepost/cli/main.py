@@ -68,6 +68,7 @@ exit status:
   9    a comparison found differences
   11   no problem was found, but some bytes or values can't be checked
   130  interrupted with Ctrl-C
+  141  the reader of the output, such as `head`, has exited before its end
 """
 NOT_CHECKED = 11
 
