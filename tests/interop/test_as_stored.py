@@ -210,6 +210,18 @@ def test_assets_with_the_names_of_an_earlier_version_do_not_hinder_an_export(
         convert(memory_path / "less.pt", memory_path / "lost", options)
 
 
+def test_a_models_own_prompt_encoder_is_not_an_adapter(memory_path: Path) -> None:
+    """SAM's, unlike that of PEFT's prompts."""
+    config = {"model_type": "made up", "architectures": ["X"]}
+    (memory_path / "config.json").write_text(json.dumps(config))
+    options = ConvertOptions(to="hf", model="hf", hf_assets=memory_path)
+    torch.save({"prompt_encoder.mask_embed.conv1.bias": torch.ones(2)}, memory_path / "sam.pt")
+    convert(memory_path / "sam.pt", memory_path / "sam", options)
+    torch.save({"prompt_encoder.default.embedding.weight": torch.ones(2)}, memory_path / "peft.pt")
+    with pytest.raises(ConversionError, match="holds a PEFT adapter"):
+        convert(memory_path / "peft.pt", memory_path / "peft", options)
+
+
 def test_a_cast_is_in_the_configs_of_parts_too(memory_path: Path) -> None:
     """Programs that read a composite model's text part alone go by its own dtype."""
     (memory_path / "source").mkdir()

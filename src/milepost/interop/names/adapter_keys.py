@@ -27,6 +27,8 @@ _KINDS = (
 """Names of PEFT 0.21 that its files have as they are, but for the adapter's name."""
 ADAPTER_KEY = re.compile(rf"(.*\.|)({'|'.join(_KINDS)})\.([^.]+)((?:\..+)?)")
 """An adapter's tensor: (module) (kind) (adapter name) (rest)."""
+_PROMPT_KEY = re.compile(r"prompt_encoder\.[^.]+\.(embedding|transform|mlp_head|lstm_head|prefix_task_\w+)(\.|$)")
+"""A tensor of PEFT's prompts: other models (SAM) have a ``prompt_encoder`` of their own."""
 
 
 def first_of_adapter(keys: Iterable[str]) -> str | None:
@@ -36,4 +38,4 @@ def first_of_adapter(keys: Iterable[str]) -> str | None:
 
 def _is_of_adapter(key: str) -> bool:
     """Return whether an adapter of any kind has added the key, or renamed it: what it is over is a ``base_layer``."""
-    return ADAPTER_KEY.fullmatch(key) is not None or ".base_layer." in key or key.startswith("prompt_encoder.")
+    return ADAPTER_KEY.fullmatch(key) is not None or ".base_layer." in key or _PROMPT_KEY.match(key) is not None
