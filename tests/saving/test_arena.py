@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -142,3 +144,26 @@ def test_a_manager_s_first_save_finds_its_memory_there_and_no_more_of_it(
     assert run(4) == 4
     assert run(7) == 7  # resumed at 3
     assert not staging_threads()
+
+
+def test_a_forked_process_does_not_stage_in_the_memory_of_its_parents_save(tmp_path: Path) -> None:
+    saver = AsyncSaver(LocalStorage(str(tmp_path)), SingleProcess(), "async_with_pinned_mem")
+    state = {"w": torch.ones(64, 64)}
+    saver.save(SaveRequest("first", lambda: state, INFO)).committed(60)
+    os.kill(saver.writer_pid, signal.SIGSTOP)  # the parent's save is staged, and not written yet
+    handle = saver.save(SaveRequest("parents", lambda: state, INFO))
+    handle.staged(60)
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            saver._arena.fit(saver._current.job.plan)  # type: ignore[union-attr]
+            saver._arena.memory[:] = bytes(saver.arena_nbytes)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    os.kill(saver.writer_pid, signal.SIGCONT)
+    handle.committed(60)
+    saver.close()
+    into = {"w": torch.zeros(64, 64)}
+    milepost.load(tmp_path / "parents", into)
+    assert torch.equal(into["w"], state["w"])

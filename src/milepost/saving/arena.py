@@ -29,6 +29,9 @@ class Arena:
     """
 
     def __init__(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
         self.fd = os.memfd_create("milepost-arena", os.MFD_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         self.memory = memoryview(b"")
@@ -36,6 +39,7 @@ class Arena:
         self._unpin: weakref.finalize[..., Arena] | None = None
         self._preparation: threading.Thread | None = None
         self._is_cut_short = False
+        self._pid = os.getpid()
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +87,8 @@ class Arena:
 
     def fit(self, plan: WritePlan) -> bool:
         """Make room for the image of ``plan``; returns whether memory was allocated for it, now or ahead."""
+        if os.getpid() != self._pid:
+            self._leave_to_parent()
         prepared = self._wait_for_preparation()
         needed = max(plan.image_nbytes, LARGE_ALIGNMENT)
         if needed <= self.nbytes:
@@ -103,6 +109,13 @@ class Arena:
         self.memory = memoryview(b"")
         self._close_fd()
         self.fd = -1
+
+    def _leave_to_parent(self) -> None:
+        """Begin anew in a forked process: the parent's save may still be written from the memory that both share."""
+        if self._unpin is not None:
+            self._unpin.detach()
+        self._close_fd()
+        self._open()
 
     def _wait_for_preparation(self) -> bool:
         if self._preparation is None:
