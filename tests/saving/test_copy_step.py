@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from milepost.errors import CheckpointDamagedError, ConfigError, SaveError
 from milepost.format.tags import tag_of
 from milepost.interop.weights.open import open_weights
 from milepost.run import catalog, checkpoint_record
-from milepost.run.owner import OWNER_PREFIX
+from milepost.run.attempts import begin_attempt
+from milepost.run.owner import OWNER_PREFIX, this_process
 from milepost.saving.copy_step import Spot, attempt_of, copy_step
 from milepost.storage import LocalStorage
 from milepost.storage.base import Storage
@@ -90,6 +93,28 @@ def test_another_process_that_copies_the_same_is_left_to_it(tmp_path: Path) -> N
             copy_step(src, Spot(dst, STEP))
         process.communicate(b"\n", timeout=20)
     copy_step(src, Spot(dst, STEP))
+
+
+@pytest.mark.parametrize("kind", ["store", "disk"])
+def test_of_two_processes_that_begin_the_same_copy_at_once_this_one_leaves_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = saved(LocalStorage(tmp_path / "src"))
+    dst: Storage = memory() if kind == "store" else LocalStorage(tmp_path / "dst")
+    init = replace(this_process(time.time()), pid=1, started="")  # the other one: it lives as long as this test
+    theirs = f"{OWNER_PREFIX}0000abcd.json"
+
+    def begin_with_company(storage: Storage, target: str, save_id: str) -> str:
+        attempt = begin_attempt(storage, target, save_id)
+        storage.write(f"{attempt}/{theirs}", init.dump())
+        return attempt
+
+    monkeypatch.setattr("milepost.saving.copy_step.begin_attempt", begin_with_company)
+    monkeypatch.setattr("milepost.saving.copy_step.is_alive", lambda owner, now: True)
+    with pytest.raises(SaveError, match=r"process 1 on .* is already copying to"):
+        copy_step(src, Spot(dst, STEP))
+    attempt = attempt_of(STEP, checkpoint_record.read_manifest(src.storage, STEP).save_id)
+    assert [name for name in dst.names(attempt) if name.startswith(OWNER_PREFIX)] == [theirs]
 
 
 def test_what_is_not_whole_or_not_ours_is_not_copied(tmp_path: Path) -> None:
