@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from milepost.config import part_of
 from milepost.format.box import Box
@@ -20,8 +21,9 @@ _PREFIXES = ("module.", "model.", "state_dict.", "model_state_dict.")
 def renames(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
     """Map each key of a model that is stored under another name, with wrappers or a prefix, to that name.
 
-    Prefixes are tried only if no wanted key is stored under its own name, since all keys of a model have the same
-    prefix. Adapters are wrappers too: a module that they wrap may be stored under its name without them.
+    Prefixes, of the stored keys or of the wanted ones, are tried only if no wanted key is stored under its own name,
+    since all keys of a model have the same prefix. Adapters are wrappers too: a module that they wrap may be stored
+    under its name without them.
     """
     direct = {key for key in wanted if key in stored}
     model = [key for key in stored if part_of(key) == "model" and key not in direct]
@@ -29,18 +31,20 @@ def renames(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
     if len(bare) < len(model):  # two keys would become one
         return {}
     ours = {without_wrappers(key): key for key in wanted if key not in direct}
-    for prefix in ("",) if direct else ("", *_prefixes_of(bare)):
-        found = {key: bare[prefix + name] for name, key in ours.items() if prefix + name in bare}
+    for prefix, own in [("", "")] if direct else product(_prefixes_of(bare), _prefixes_of(ours)):
+        here = {name[len(own) :]: key for name, key in ours.items() if name.startswith(own)}
+        found = {key: bare[prefix + name] for name, key in here.items() if prefix + name in bare}
         if found:
             used = set(found.values())
-            rest = {name[len(prefix) :]: key for name, key in bare.items() if name.startswith(prefix)}
-            return found | {name: key for name, key in rest.items() if key not in used and name not in found and prefix}
+            rest = {own + name[len(prefix) :]: key for name, key in bare.items() if name.startswith(prefix)}
+            is_moved = prefix or own
+            return found | {n: key for n, key in rest.items() if key not in used and n not in found and is_moved}
     return {}
 
 
 def _prefixes_of(keys: Collection[str]) -> list[str]:
     single = [prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in keys)]
-    return [*single, *(f"{outer}{inner}" for outer in single for inner in _PREFIXES)]
+    return ["", *single, *(f"{outer}{inner}" for outer in single for inner in _PREFIXES)]
 
 
 def without_wrappers(key: str) -> str:

@@ -19,6 +19,7 @@ In reading order::
     training_state  the full state of a run as one state dict, and back; owners: how each part is loaded
     modules         the model's parts, their tensors by FQN
     optimizers      optimizer state by FQN, or in the optimizer's own form; optimizers_owner: its load
+    foreign_forms   optimizer state as other programs save it
     given_options   this run's options that the saved ones replaced
     attached        files and values that belong to a step
     peft            configuration of a model's adapters, saved with a step

@@ -21,6 +21,7 @@ from milepost.tensors.layout import torch_dtype
 from milepost.tensors.state import LAZY
 from milepost.tensors.tree import Node, child, rebuild
 from milepost.tensors.value_writer import encode_object
+from milepost.training.foreign_forms import by_parameter, wrapped_names
 from milepost.training.optimizers import EMPTY_GROUPS, NAMES, PART, group_options, local_optimizer
 
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
@@ -103,8 +104,10 @@ class OptimizersOwner:
         self._renamed = {name: renamed[name] for name in self._names.values() if name in renamed}
 
     def prepare(self, target: Target) -> None:
-        names = [self._renamed.get(name, name) for name in self._names.values()]
-        self._saved = saved_optimizers(target.at((PART,)), names, has_order=target.has_order).under(self._renamed)
+        node = by_parameter(target, target.at((PART,)), self._in_order())
+        renamed = self._renamed or wrapped_names(node, self._names.values())
+        names = [renamed.get(name, name) for name in self._names.values()]
+        self._saved = saved_optimizers(node, names, has_order=target.has_order).under(renamed)
         for number, optimizer in enumerate(self._optimizers):
             if number in self._own_form:
                 want_node(target, self._saved.keys, partial(self._make_by_name, target), self._parameter_of)
@@ -119,6 +122,12 @@ class OptimizersOwner:
         for parameter, name in self._names.items():
             entry = target.entry(name)
             self._keeps_dtype[name] = entry is None or torch_dtype(entry.dtype) == parameter.dtype
+
+    def _in_order(self) -> list[str]:
+        """Return the names of all parameters in the order of their numbers in ``state_dict()``, if that is one."""
+        if len(self._optimizers) != 1 or self._own_form:
+            return []
+        return [self._names[parameter] for parameter in indexed(self._optimizers[0])]
 
     def _want(self, target: Target, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> None:
         name = self._names[parameter]
