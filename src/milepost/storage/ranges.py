@@ -28,7 +28,6 @@ def merge_ranges(
     *,
     max_gap_nbytes: int = MAX_GAP_NBYTES,
     max_span_nbytes: int = MAX_SPAN_NBYTES,
-    max_overread: float = MAX_OVERREAD,
 ) -> list[Span]:
     """Merge ``ranges`` (half-open, in any order, may touch and overlap) into ascending, disjoint spans.
 
@@ -39,7 +38,7 @@ def merge_ranges(
     runs: list[Span] = []
     for start, stop in wanted:
         last = runs[-1] if runs else None
-        if last is None or not _fits(last, start, stop, max_gap_nbytes, max_overread):
+        if last is None or not _fits(last, start, stop, max_gap_nbytes):
             runs.append(Span(start, stop, stop - start))
         else:
             runs[-1] = Span(last.start, max(last.stop, stop), last.wanted_nbytes + _beyond(last, start, stop))
@@ -54,12 +53,12 @@ def merge_ranges(
     return [Span(start, stop, count) for (start, stop), count in zip(cuts, counts, strict=True)]
 
 
-def _fits(last: Span, start: int, stop: int, max_gap: int, max_overread: float) -> bool:
+def _fits(last: Span, start: int, stop: int, max_gap: int) -> bool:
     if start < last.stop:
         return True  # otherwise a byte would be in two spans
     reach = stop - last.start
     unwanted = reach - last.wanted_nbytes - (stop - start)
-    return start - last.stop <= max_gap and unwanted <= max_overread * reach
+    return start - last.stop <= max_gap and unwanted <= MAX_OVERREAD * reach
 
 
 def _beyond(last: Span, start: int, stop: int) -> int:
