@@ -133,7 +133,7 @@ bench: $(STAMP)
 	timeout 1800 $(BIN)/python benchmarks/bench_small.py --json $(BENCH)/small.json
 	timeout 1800 $(BIN)/python benchmarks/bench_convert.py --json $(BENCH)/convert.json
 	timeout 1200 $(BIN)/python benchmarks/bench_last_save.py --json $(BENCH)/last_save.json
-	timeout 1800 $(BIN)/python benchmarks/bench_store.py --only times --nbytes 4e8 --json $(BENCH)/store.json
+	timeout 1800 $(BIN)/python benchmarks/bench_store.py --only times --nbytes 1e9 --json $(BENCH)/store.json
 	$(BIN)/python benchmarks/goals.py $(BENCH)
 
 house: $(STAMP)
