@@ -116,13 +116,13 @@ def test_a_function_that_exits_fails_nothing_and_is_called_for_later_commits(
 def test_a_command_gets_json_and_is_no_rank_of_the_job(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`sbatch` passes its environment on, and a program that finds RANK there waits for the other ranks."""
     of_a_rank = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "TORCHELASTIC_RUN_ID": "x"}
-    for name, value in {**of_a_rank, "OF_THE_USER": "kept"}.items():
+    for name, value in {**of_a_rank, "LOCAL_SCRATCH": "kept"}.items():
         monkeypatch.setenv(name, value)
     config = CheckpointConfig(enable=True, interval=1, on_commit=f"env > {memory_path}/said")
     with CheckpointManager(memory_path / "run", config, model=torch.nn.Linear(2, 2)) as manager:
         manager.save(1, metrics={"loss": float("nan"), "lr": 0.5})
     said = dict(line.partition("=")[::2] for line in (memory_path / "said").read_text().splitlines())
-    assert said["OF_THE_USER"] == "kept"
+    assert said["LOCAL_SCRATCH"] == "kept"
     assert of_a_rank.keys().isdisjoint(said)
     assert said["MILEPOST_METRICS"] == '{"loss": null, "lr": 0.5}'
 

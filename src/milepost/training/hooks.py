@@ -35,8 +35,9 @@ PIECE_NBYTES = 64 << 10
 
 Tier = Literal["folder", "remote_folder"]
 
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MILEPOST_LAUNCHER_PID")
-_OF_RANKS = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+_NUMBERS = {f"{of}{number}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for number in ("RANK", "WORLD_SIZE")}
+_OF_A_RANK = _NUMBERS | {"ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "MILEPOST_LAUNCHER_PID"}
+_OF_TORCHRUN = "TORCHELASTIC_"
 """Variables by which a launcher makes a process a rank of the job: a program of a hook would wait for the others."""
 
 
@@ -186,7 +187,9 @@ class CommitHooks:
 def _environment() -> dict[str, str]:
     """Return this process's environment without that of a rank."""
     return {
-        name: value for name, value in os.environ.items() if name not in _OF_A_RANK and not name.startswith(_OF_RANKS)
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_A_RANK and not name.startswith(_OF_TORCHRUN)
     }
 
 
