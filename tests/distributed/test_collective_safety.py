@@ -69,7 +69,7 @@ IN_A_LOAD = {
     "read": "milepost.storage.local_files.LocalRead.read_into",
     "read a tensor": "milepost.loading.load_from.map_in_threads",
     "read a value": "milepost.loading.values.decode_object",
-    "restore the optimizer": "milepost.training.optimizers.OptimizersOwner.restore",
+    "restore the optimizer": "milepost.training.optimizers_owner.OptimizersOwner.restore",
     "load_state_dict of lr_scheduler": "lr_scheduler.load_state_dict",
     "load_state_dict of dataloader": "dataloader.load_state_dict",
     "load_state_dict of train_state": "train_state.load_state_dict",
@@ -81,7 +81,7 @@ IN_A_LOAD_ON_RANK_0 = {
     "manifest": "milepost.loading.load_from.checkpoint_record.read_manifest",
     "the digests' file": "milepost.loading.load_from.checkpoint_record.read_digests_file",
 }
-AT_THE_START = {"state": "milepost.training.manager.TrainingState.of", "saver": "milepost.training.manager.Saver"}
+AT_THE_START = {"state": "milepost.training.manager.TrainingState.of", "saver": "milepost.training.run_saves.Saver"}
 AT_THE_START_ON_RANK_0 = {
     "lock": "milepost.run.takeover.RunLock",
     "sweep": "milepost.run.takeover.sweep_leftovers",

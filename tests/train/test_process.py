@@ -190,4 +190,4 @@ def test_a_closed_output_is_said_once_and_the_run_goes_on(capfd: pytest.CaptureF
         leave(0)
 
     assert ended(run)[0] == 0
-    assert capfd.readouterr().err == "standard output is closed: the run goes on without it\n"
+    assert capfd.readouterr().err == "standard output is closed: the run continues without it\n"
