@@ -30,6 +30,7 @@ from milepost.saving.save import Saver
 from milepost.storage import LocalStorage, Storage
 from milepost.tensors import plan
 from milepost.training import manager as manager_module
+from milepost.training import run_saves
 from milepost.verification.verify import verify_in
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
@@ -146,8 +147,8 @@ def impatient(*, timeout_s: float = 20.0, lease_s: float = 0.0) -> Iterator[None
         mock.patch.object(writer, "GROUP_NBYTES", 1),
         mock.patch.object(plan, "MIN_FROZEN_NBYTES", 1),
         mock.patch.object(takeover, "RunLock", partial(RunLock, lease_s=lease_s)),
-        mock.patch.object(manager_module, "Saver", partial(Saver, timeout_s=timeout_s)),
-        mock.patch.object(manager_module, "AsyncSaver", ImpatientSaver),
+        mock.patch.object(run_saves, "Saver", partial(Saver, timeout_s=timeout_s)),
+        mock.patch.object(run_saves, "AsyncSaver", ImpatientSaver),
         mock.patch.object(ImpatientSaver, "timeout_s", timeout_s),
     ):
         yield
