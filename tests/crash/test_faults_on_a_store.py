@@ -177,12 +177,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Store, A
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     """A lock that a crash left is not watched for its lease; thousands of failures would be logged."""
-    logging.getLogger("milepost").setLevel(logging.CRITICAL)
+    log = logging.getLogger("milepost")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     with (
         mock.patch.object(takeover, "RunLock", partial(RunLock, lease_s=0.0)),
         mock.patch.object(threading, "excepthook"),  # of threads of the "killed"
     ):
         yield
+    log.setLevel(level)
 
 
 NAMES = (
