@@ -16,11 +16,10 @@ from milepost.interop.weights.stream import Advance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Noted:
-    """Wraps ``base`` and records the CRC-32 of each part read: the expected content on storage."""
+class _Passing:
+    """Wraps ``base``, whose tensors it passes on."""
 
     base: Readable
-    crcs: dict[tuple[str, Box], int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -30,6 +29,13 @@ class Noted:
     def unit_rows(self, key: str) -> int:
         """See :class:`Readable`."""
         return self.base.unit_rows(key)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noted(_Passing):
+    """Records the CRC-32 of each part read: the expected content on storage."""
+
+    crcs: dict[tuple[str, Box], int] = field(default_factory=dict)
 
     def read_into(self, key: str, box: Box, out: Array) -> None:
         """See :class:`Readable`."""
@@ -38,20 +44,10 @@ class Noted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Infinite:
-    """Wraps ``base`` and records the tensors with infinite values, as casts to float16 make of those above 65,504."""
+class Infinite(_Passing):
+    """Records the tensors with infinite values, as casts to float16 make of those above 65,504."""
 
-    base: Readable
     keys: set[str] = field(default_factory=set)
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """See :class:`Readable`."""
-        return self.base.tensors
-
-    def unit_rows(self, key: str) -> int:
-        """See :class:`Readable`."""
-        return self.base.unit_rows(key)
 
     def read_into(self, key: str, box: Box, out: Array) -> None:
         """See :class:`Readable`."""
