@@ -106,15 +106,24 @@ def test_steps_of_stock_dcp_are_resumed_in_each_of_its_forms(memory_path: Path, 
     assert_continues_alike(first, again)
 
 
-def test_numbered_state_is_refused_where_the_numbers_mean_other_parameters(memory_path: Path) -> None:
+def fewer(parameters: list[Any]) -> list[Any]:
+    return [{"params": parameters[1:3]}, {"params": parameters[3:]}]
+
+
+def in_other_groups(parameters: list[Any]) -> list[Any]:
+    return [{"params": parameters[:4]}, {"params": parameters[4:]}]
+
+
+@pytest.mark.parametrize("groups", [fewer, in_other_groups])
+def test_numbered_state_is_refused_where_the_numbers_may_mean_other_parameters(memory_path: Path, groups: Any) -> None:
     first = made(0)
     step(*first)
     dcp.save(dict(their_own(*first)), checkpoint_id=memory_path / "run" / "step-2", no_dist=True)
     torch.manual_seed(1)
     model = Net()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    fewer = torch.optim.AdamW(list(model.parameters())[1:])
+    optimizer = torch.optim.AdamW(groups(list(model.parameters())))
     with pytest.raises(StateMismatchError, match="nothing was changed"):
-        Run(memory_path / "run", model, fewer, exclude_from_loading=["rng"]).manager.load()
+        Run(memory_path / "run", model, optimizer, exclude_from_loading=["rng"]).manager.load()
     assert_same(before, dict(model.state_dict()), "model")
-    assert not fewer.state
+    assert not optimizer.state

@@ -14,10 +14,12 @@ from milepost.loading.target import Target
 from milepost.tensors.tree import Node, child
 
 
-def by_parameter(target: Target, node: Node, in_order: Sequence[str]) -> Node:
+def by_parameter(target: Target, node: Node, own_groups: Sequence[Sequence[str]]) -> Node:
     """Return the entries below ``optimizer`` by parameter, if they are saved with groups as a list; others unchanged.
 
-    ``in_order`` are this run's parameters by number, for groups that give numbers; empty if there is no one order.
+    Groups may give the numbers of their parameters. ``own_groups``, the names in each group of this run's optimizer,
+    say which are meant, if they have as many as the saved ones (the check of PyTorch's own ``load_state_dict()``);
+    otherwise the numbers stay, and fit nothing here.
     """
     groups = child(node, "param_groups") if isinstance(node, Mapping) else None
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
@@ -25,8 +27,10 @@ def by_parameter(target: Target, node: Node, in_order: Sequence[str]) -> Node:
     members = [target.value_of(child(group, "params")) for group in groups]
     if not all(isinstance(each, list | tuple) for each in members):
         return node
-    # Numbers say which parameter is meant only where this run has as many.
-    names = dict(enumerate(in_order)) if sum(map(len, members)) == len(in_order) else {}
+    names = {}
+    if [*map(len, members)] == [*map(len, own_groups)]:
+        pairs = (pair for each, own in zip(members, own_groups, strict=True) for pair in zip(each, own, strict=True))
+        names = {number: name for number, name in pairs if isinstance(number, int)}
     found: dict[Any, Node] = {}
     for group, each in zip(groups, members, strict=True):
         target.leave(child(group, "params"))

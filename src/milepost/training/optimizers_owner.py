@@ -104,7 +104,7 @@ class OptimizersOwner:
         self._renamed = {name: renamed[name] for name in self._names.values() if name in renamed}
 
     def prepare(self, target: Target) -> None:
-        node = by_parameter(target, target.at((PART,)), self._in_order())
+        node = by_parameter(target, target.at((PART,)), self._names_by_group())
         renamed = self._renamed or wrapped_names(node, self._names.values())
         names = [renamed.get(name, name) for name in self._names.values()]
         self._saved = saved_optimizers(node, names, has_order=target.has_order).under(renamed)
@@ -123,11 +123,11 @@ class OptimizersOwner:
             entry = target.entry(name)
             self._keeps_dtype[name] = entry is None or torch_dtype(entry.dtype) == parameter.dtype
 
-    def _in_order(self) -> list[str]:
-        """Return the names of all parameters in the order of their numbers in ``state_dict()``, if that is one."""
+    def _names_by_group(self) -> list[list[str]]:
+        """Return the names of each group's parameters, in their order; none for several optimizers."""
         if len(self._optimizers) != 1 or self._own_form:
             return []
-        return [self._names[parameter] for parameter in indexed(self._optimizers[0])]
+        return [[self._names[parameter] for parameter in group["params"]] for group in self._optimizers[0].param_groups]
 
     def _want(self, target: Target, optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> None:
         name = self._names[parameter]
